@@ -1,0 +1,64 @@
+"""What a call costs before any work is done: rms_norm of a (16, 64) tensor by each way in, as ratios to `x + y`.
+
+The limits are the overhead contract; ratios, because the machine's speed then cancels. The kernel's own time is part of all.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Group
+from harness import relative_error
+
+import mlcore
+from mlcore import _C
+
+EPS = 1e-6
+ROWS = {
+    "x + y": None,
+    "mlcore: binding, outputs given": 0.35,
+    "mlcore: rms_norm(x, w)": None,
+    "mlcore: registered op": 3.0,
+    "mlcore: rms_norm(x, w), grad": 7.0,
+    "torch: F.rms_norm(x, w)": None,
+    "torch: F.rms_norm(x, w), grad": None,
+}
+
+
+def make_group() -> Group:
+    x, y, w = torch.randn(16, 64), torch.randn(16, 64), torch.randn(64)
+    xg = x.clone().requires_grad_()
+    out, rstd = torch.empty_like(x), torch.empty(16)
+    registered = torch.ops.mlcore.rms_norm_fwd.default
+
+    def binding():
+        _C.rms_norm_fwd(x, None, w, EPS, out, None, rstd)
+        return out
+
+    calls = [
+        functools.partial(torch.add, x, y),
+        binding,
+        functools.partial(mlcore.ops.rms_norm, x, w, eps=EPS),
+        lambda: registered(x, None, w, EPS, "cpu"),
+        functools.partial(mlcore.ops.rms_norm, xg, w, eps=EPS),
+        functools.partial(F.rms_norm, x, (64,), w, EPS),
+        functools.partial(F.rms_norm, xg, (64,), w, EPS),
+    ]
+    rows = dict(zip(ROWS, calls, strict=True))
+    rows["x + y"] = lambda: x + y
+    norm = F.rms_norm(x.double(), (64,), w.double(), EPS)
+    right = [(x + y).double(), norm]
+
+    def check(got):
+        got = got if isinstance(got, torch.Tensor) else got[0]
+        assert min(relative_error(got.detach(), want) for want in right) < 1e-6
+
+    return Group(rows, check, extra={row: {"limit": limit} for row, limit in ROWS.items() if limit})
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_overhead(race, row):
+    race("overhead rms_norm (16,64) float32", row, make_group)

@@ -1,0 +1,203 @@
+"""Fair timing and the results format. interleaved() times several implementations of one problem against each other;
+write_results() keeps what CPU and GPU benchmarks measure in one JSON format. No problem and no table is defined here.
+
+A results file (bench/results/<name>.json) is one machine with one set of versions:
+
+    {"schema": 1,
+     "machine": {"device": "AMD EPYC", "kind": "cpu", "isa": "avx2", "threads": 2,             # kind: "cpu" or "cuda"
+                 "fma_gflops": 150.2, "copy_gbps": 21.7},                                      # measured peaks, optional
+     "versions": {"mlcore": "0.1.0", "torch": "2.13.0+cpu", "python": "3.11.7"},               # any names: driver, triton, ...
+     "rows": [{"group": "attention fwd float32 (1,8,2048,64) full", "row": "mlcore",           # group: "<op> <problem>"
+               "seconds_min": 0.0121, "seconds_median": 0.0123, "date": "2026-08-20",          # per call
+               "extra": {"rounds": 15, "gflops": 709.8, "peak_fraction": 0.6}}]}               # any numbers and words
+
+One group is one problem and its rows were timed interleaved, so their ratios hold. Rows whose name starts with "mlcore" are
+ours. bench/report.py reads: extra.gflops or extra.gbps, extra.peak_fraction; extra.limit (op "overhead": the most that the
+ratio to "x + y" should be); extra.impl and extra.threads (op "scaling").
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import math
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+SCHEMA = 1
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call of one implementation, one entry a round."""
+
+    seconds: list[float]
+
+    @property
+    def min(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def interleaved(
+    rows: dict[str, Callable[[], object]],
+    repeats: int = 15,
+    min_time: float = 2e-3,
+    *,
+    max_time: float = math.inf,
+    before: dict[str, Callable[[], object]] | None = None,
+    sync: Callable[[], object] = lambda: None,
+    progress: Callable[[], object] = lambda: None,
+) -> dict[str, Timing]:
+    """Times every row once a round, in alternating order, so that a slow moment of the machine hits all rows alike.
+
+    Args:
+        rows: name -> the call to time.
+        repeats: rounds.
+        min_time: seconds that a sample lasts at least; a shorter call is repeated within its sample.
+        max_time: seconds after which no further round starts; three rounds are always made.
+        before: name -> what to do, untimed, before each of the row's samples (one untimed call follows it).
+        sync: waits for the device, called before each clock reading.
+        progress: called after each sample.
+    """
+    before = before or {}
+    calls = {}
+    for name, call in rows.items():
+        before.get(name, lambda: None)()
+        call()
+        calls[name] = max(1, math.ceil(min_time / max(_sample(call, 1, sync), 1e-9)))
+        if calls[name] > 1:  # the first estimate of a short call is mostly clock and cold caches
+            calls[name] = max(1, math.ceil(min_time / _sample(call, calls[name], sync)))
+    seconds = {name: [] for name in rows}
+    end = time.perf_counter() + max_time
+    collecting = gc.isenabled()
+    try:
+        gc.disable()
+        for turn in range(repeats):
+            if turn >= 3 and time.perf_counter() > end:
+                break
+            for name in list(rows)[:: 1 if turn % 2 else -1]:
+                if name in before:
+                    before[name]()
+                    rows[name]()
+                seconds[name].append(_sample(rows[name], calls[name], sync))
+                progress()
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing(s) for name, s in seconds.items()}
+
+
+def _sample(call: Callable[[], object], calls: int, sync: Callable[[], object]) -> float:
+    sync()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    sync()
+    return (time.perf_counter() - start) / calls
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """||got - want|| / ||want|| over all elements, in float64."""
+    want = want.double()
+    return float((got.double() - want).norm() / want.norm().clamp_min(1e-300))
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor() or platform.machine())
+
+
+def cpu_machine() -> dict:
+    """The "machine" of a results file for what runs on the CPU now, without the measured peaks."""
+    from mlcore import _C
+
+    isa = _C.isa() + (" (emulated)" if _C.isa() == "avx512" and _C.avx512_is_emulated() else "")
+    return {"device": cpu_name(), "kind": "cpu", "isa": isa, "threads": torch.get_num_threads()}
+
+
+def cpu_versions() -> dict:
+    import mlcore
+
+    return {"mlcore": mlcore.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def result_row(group: str, row: str, timing: Timing, **extra) -> dict:
+    """One entry of "rows" in a results file."""
+    return {
+        "group": group,
+        "row": row,
+        "seconds_min": timing.min,
+        "seconds_median": timing.median,
+        "date": datetime.date.today().isoformat(),
+        "extra": {"rounds": len(timing.seconds), **extra},
+    }
+
+
+def write_results(path: Path | str, rows: list[dict], machine: dict, versions: dict) -> None:
+    """Writes rows to a results file. Groups measured again replace those of the file; its other groups stay.
+
+    Groups that another machine or other versions measured can't share a file with the new ones: they are dropped, with a warning.
+    """
+    path = Path(path)
+    kept = []
+    if path.exists():
+        old = read_results(path)
+        measured = {r["group"] for r in rows}
+        kept = [r for r in old["rows"] if r["group"] not in measured]
+        same = all(old["machine"].get(k) == machine.get(k) for k in ("device", "isa", "threads")) and old["versions"] == versions
+        if kept and not same:
+            warnings.warn(f"{path.name}: dropped {len(kept)} rows of another machine or other versions", stacklevel=2)
+            kept = []
+    kept_order = {g: i for i, g in enumerate(dict.fromkeys(r["group"] for r in [*kept, *rows]))}
+    merged = sorted([*kept, *rows], key=lambda r: (_op(r), kept_order[r["group"]]))
+    data = {"schema": SCHEMA, "machine": machine, "versions": versions, "rows": _rounded(merged)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    scratch.write_text(json.dumps(data, indent=1) + "\n")
+    scratch.replace(path)
+
+
+def read_results(path: Path | str) -> dict:
+    """A results file, its form checked.
+
+    Raises:
+        ValueError: another schema, or a row that lacks one of the required keys.
+    """
+    data = json.loads(Path(path).read_text())
+    if data.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: schema must be {SCHEMA}; got {data.get('schema')!r}")
+    for row in data["rows"]:
+        missing = {"group", "row", "seconds_min", "seconds_median"} - row.keys()
+        if missing:
+            raise ValueError(f"{path}: every row must have group, row, seconds_min and seconds_median; {row} lacks {', '.join(missing)}")
+    return data
+
+
+def _op(row: dict) -> str:
+    return row["group"].split(" ", 1)[0]
+
+
+def _rounded(x):
+    """Floats to five significant digits: more is noise and makes diffs long."""
+    if isinstance(x, float):
+        return float(f"{x:.5g}")
+    if isinstance(x, dict):
+        return {k: _rounded(v) for k, v in x.items()}
+    return [_rounded(v) for v in x] if isinstance(x, list) else x

@@ -1,0 +1,58 @@
+"""The machine's measured ceilings, the yardsticks of the benchmarks: fp32 FMA rate of the ISA level in use, and memory copy.
+
+`python bench/machine_peak.py` prints both for one thread and for all. bf16 and int8 figures are also given against the fp32 rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+
+import torch
+
+_COPY_BYTES = 256 << 20  # far beyond every cache
+
+
+@functools.cache
+def measure(threads: int, isa: str, seconds: float = 0.4) -> dict[str, float]:
+    """fma_gflops, and copy_gbps counting bytes read plus bytes written; both the best of what was seen in `seconds` each."""
+    from mlcore import _C
+
+    assert isa == _C.isa(), "isa is there for the cache"
+    return {"fma_gflops": _C.fma_peak_gflops(threads, seconds), "copy_gbps": _copy_gbps(threads, seconds)}
+
+
+def _copy_gbps(threads: int, seconds: float) -> float:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        src = torch.ones(_COPY_BYTES // 4)
+        dst = torch.empty_like(src)
+        best = 0.0
+        end = time.perf_counter() + seconds
+        dst.copy_(src)
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            dst.copy_(src)
+            best = max(best, 2 * _COPY_BYTES / (time.perf_counter() - start))
+        return best * 1e-9
+    finally:
+        torch.set_num_threads(before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each figure")
+    seconds = parser.parse_args().seconds
+    from harness import cpu_machine
+
+    machine = cpu_machine()
+    print(f"{machine['device']}, {machine['isa']}")
+    for threads in sorted({1, machine["threads"]}):
+        peak = measure(threads, machine["isa"].split()[0], seconds)
+        print(f"  {threads} thread{'s' * (threads > 1)}: {peak['fma_gflops']:.0f} GFLOP/s fp32 FMA, {peak['copy_gbps']:.1f} GB/s copy")
+
+
+if __name__ == "__main__":
+    main()

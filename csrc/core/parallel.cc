@@ -1,0 +1,43 @@
+#include "core/parallel.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace mlcore {
+
+int num_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+
+namespace detail {
+
+void parallel_ranges(int64_t n, int64_t grain, RangeFn fn, void* body) {
+  if (n <= 0) return;
+  const int64_t most = (n + std::max<int64_t>(grain, 1) - 1) / std::max<int64_t>(grain, 1);
+  const int threads = static_cast<int>(std::min<int64_t>(num_threads(), most));
+  if (threads <= 1) return fn(body, 0, n, 0);
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+    const int64_t begin = n * me / team, end = n * (me + 1) / team;
+    if (begin < end) fn(body, begin, end, static_cast<int>(me));
+  }
+}
+
+void parallel_items(int64_t n, int max_threads, RangeFn fn, void* body) {
+  const int threads = static_cast<int>(std::min<int64_t>({num_threads(), max_threads, n}));
+  if (threads <= 1) {
+    for (int64_t i = 0; i < n; ++i) fn(body, i, i + 1, 0);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(threads)
+  {
+    const int me = omp_get_thread_num();
+    for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < n; i = next.fetch_add(1, std::memory_order_relaxed))
+      fn(body, i, i + 1, me);
+  }
+}
+
+}  // namespace detail
+}  // namespace mlcore

@@ -1,0 +1,10 @@
+// mlcore's C API: one function per kernel over borrowed DLTensors. Include this, link mlcore::mlcore.
+#ifndef MLCORE_H_
+#define MLCORE_H_
+
+#include "mlcore/api.h"
+#include "mlcore/attention.h"
+#include "mlcore/layer_norm.h"
+#include "mlcore/rms_norm.h"
+
+#endif  // MLCORE_H_

@@ -1,0 +1,44 @@
+// Softmax attention over the tiles that a schedule names.
+//   s[b,h,i,j] = scale * <q[b,h,i,:], k[b,g,j,:]>,  g = h / (H / Hkv);  with a softcap s = softcap * tanh(s / softcap)
+//   p[b,h,i,:] = softmax over the seen keys j of (s + bias)[b,h,i,j]
+//   o[b,h,i,:] = sum_j keep[b,h,i,j] / (1 - dropout_p) * p[b,h,i,j] * v[b,g,j,:]
+//   lse[b,h,i] = log sum_j exp(s + bias)[b,h,i,j]                      (fp32, natural logarithm)
+// A query that sees no key has o = 0, lse = -inf and no gradient. What keys hold that a query doesn't see never reaches it.
+//   q, o : (B, H, Tq, D), (B, H, Tq, Dv)     k, v : (B, Hkv, Tk, D), (B, Hkv, Tk, Dv), Hkv divides H; float32, bfloat16, float16
+//   bias : (B|1, H|1, Tq|1, Tk|1), any of the three dtypes, NULL is none        lse : (B, H, Tq)
+// The last dimension of q, k, v, o is contiguous; other strides are free. Sums are fp32.
+//
+// Who sees whom: query i sees key j where i + offset - left <= j <= i + offset + right (negative left or right: no limit),
+// and, with a tile list, only in the tiles it names. Tiles are 64 queries x 64 keys, cut from position 0. The list is CSR
+// over the query tiles of (set_b * set_h) sets, set_b being B or 1 and set_h H or 1:
+//   row_ptr (set_b * set_h * q_tiles + 1) int64, cols int32 rising in a row, ids int32: -1 a full tile, else the row of
+//   bits (n, 64) int64 whose word j has bit i set where query i of the tile sees key j.
+//   q_tiles is ceil(Tq / 64), or 1: the same for all query tiles.
+#ifndef MLCORE_ATTENTION_H_
+#define MLCORE_ATTENTION_H_
+
+#include "mlcore/api.h"
+
+// softcap 0 is none. dropout_p in [0, 1]; keep is a function of seed, b, h, i and j alone (attention_dropout.h).
+MLC_API int mlc_attention_fwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, int64_t left,
+                              int64_t right, int64_t offset, const DLTensor* row_ptr, const DLTensor* cols, const DLTensor* ids,
+                              const DLTensor* bits, int64_t set_b, int64_t set_h, double scale, double softcap, double dropout_p,
+                              int64_t seed, DLTensor* o, DLTensor* lse);
+
+// Gradients of sum(o * d_o) + sum(lse * d_lse). d_lse may be NULL; dbias (fp32, bias's shape, contiguous, zeroed) may be NULL.
+// dbias's last dimension must be Tk: of a bias that is the same for all keys the gradient is the sum of d_lse.
+// dq, dk, dv: dtypes and shapes of q, k, v, contiguous in the last dimension.
+MLC_API int mlc_attention_bwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, int64_t left,
+                              int64_t right, int64_t offset, const DLTensor* row_ptr, const DLTensor* cols, const DLTensor* ids,
+                              const DLTensor* bits, int64_t set_b, int64_t set_h, double scale, double softcap, double dropout_p, int64_t seed,
+                              const DLTensor* o, const DLTensor* lse, const DLTensor* d_o, const DLTensor* d_lse, DLTensor* dq,
+                              DLTensor* dk, DLTensor* dv, DLTensor* dbias);
+
+// A dense boolean mask (set_b, set_h, Tq|1, Tk), any strides, as a tile list, in two calls: the first fills codes
+// (sets, q_tiles, k_tiles) int32 with -2 (skip), -1 (full) or the row of bits, and counts (2) int64 with the number of listed
+// tiles and of rows of bits; the second fills the lists, allocated by those counts.
+MLC_API int mlc_attention_mask_codes(const DLTensor* mask, DLTensor* codes, DLTensor* counts);
+MLC_API int mlc_attention_mask_tiles(const DLTensor* mask, const DLTensor* codes, DLTensor* row_ptr, DLTensor* cols, DLTensor* ids,
+                                     DLTensor* bits);
+
+#endif  // MLCORE_ATTENTION_H_

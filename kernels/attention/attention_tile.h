@@ -1,0 +1,117 @@
+// What forward and backward share about one 64 x 64 tile. Scores are kept transposed, st[j][i] (key, query): the softmax then
+// runs down the keys with one query a lane, without horizontal sums, and st is the K-major A operand of the product with V.
+// Scores are in units of log2, so that exp2 is all that is needed.
+#pragma once
+#include <math.h>
+
+#include "attention/attention_dropout.h"
+#include "attention/attention_kernels.h"
+#include "core/simd/gemm.h"
+#include "core/simd/rows.h"
+
+namespace mlcore::MLC_ISA {
+
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
+inline int64_t padded(int64_t cols) { return round_up<int64_t>(cols, Vec::W); }
+inline int tile_rows(int64_t length, int64_t tile) { return static_cast<int>(min<int64_t>(kTile, length - tile * kTile)); }
+
+template <class T>
+const T* row_of(const Operand& x, int64_t b, int64_t h, int64_t t) {
+  return static_cast<const T*>(x.data) + b * x.sb + h * x.sh + t * x.st;
+}
+
+// What q is multiplied with so that the product with k is a score in log2 units, or, with a softcap, its argument.
+inline float query_scale(const AttentionProblem& p) { return p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e; }
+
+// tanh to 2 ulp: an odd polynomial (Cephes' tanhf coefficients) near 0, else by exp2.
+inline Vec tanh(Vec x) {
+  const Vec z = x * x, big = Vec::set1(9.02f);
+  Vec poly = Vec::set1(-5.70498872745e-3f);
+  poly = fma(poly, z, Vec::set1(2.06390887954e-2f));
+  poly = fma(poly, z, Vec::set1(-5.37397155531e-2f));
+  poly = fma(poly, z, Vec::set1(1.33314422036e-1f));
+  poly = fma(poly, z, Vec::set1(-3.33332819422e-1f));
+  const Vec near = fma(poly * z, x, x);
+  const Vec clamped = max(Vec::zero() - big, min(big, x));
+  const Vec e = exp2(clamped * Vec::set1(2.0f * kLog2e));
+  const Vec far = Vec::set1(1.0f) - Vec::set1(2.0f) / (e + Vec::set1(1.0f));
+  return select(less(z, Vec::set1(0.625f * 0.625f)), near, far);
+}
+
+// One tile's deviations from plain scores. All of them are rare next to the products, so they share one slow loop.
+struct TileExtras {
+  const uint64_t* words = nullptr;  // [key] bit i: query i sees the key; null: all do
+  const float* bias = nullptr;      // [key][kTile] in log2 units
+  float softcap = 0;
+  const uint32_t* drop_keys = nullptr;  // [query] dropout_row_key; null: no dropout
+  uint32_t drop_below = 0;
+  bool drop_all = false;
+  int64_t first_key = 0;
+
+  bool plain() const { return words == nullptr && bias == nullptr && softcap == 0; }
+
+  // The score of lanes i .. i+W-1 against key j from the raw product; *cap_grad gets d score / d product of the softcap.
+  Vec score(Vec product, int j, int i, Vec* cap_grad = nullptr) const {
+    Vec s = product;
+    if (softcap > 0) {
+      const Vec t = tanh(product);
+      if (cap_grad) *cap_grad = Vec::set1(1.0f) - t * t;
+      s = t * Vec::set1(softcap * kLog2e);
+    }
+    if (bias) s = s + Vec::load(bias + j * kTile + i);
+    return s;
+  }
+  // For tiles that hold infinities or NaN: is there a pair that must not meet, and does query i see key j.
+  bool sees_all() const { return words == nullptr && bias == nullptr; }
+  bool sees(int j, int i) const {
+    return (words == nullptr || ((words[j] >> i) & 1u)) && (bias == nullptr || bias[j * kTile + i] != -INFINITY);
+  }
+  uint32_t seen(int j, int i) const { return words ? static_cast<uint32_t>(words[j] >> i) : ~0u; }
+
+  // Bit i: the element (key j, query i) survives dropout.
+  uint64_t kept(int j, int queries) const {
+    if (drop_all) return 0;
+    uint32_t hash[kTile];
+    const uint32_t column = static_cast<uint32_t>(first_key + j);
+    for (int i = 0; i < queries; ++i) hash[i] = dropout_hash(drop_keys[i] ^ column);
+    uint64_t word = 0;
+    for (int i = 0; i < queries; ++i) word |= static_cast<uint64_t>(hash[i] >= drop_below) << i;
+    return word;
+  }
+};
+
+// The tile (qt, kt) of the bias, transposed to [key][kTile], in log2 units. raw is scratch of kTile * kTile floats.
+inline void load_bias(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, int64_t kt, float* raw, float* out) {
+  const int nq = tile_rows(p.schedule.Tq, qt), nk = tile_rows(p.schedule.Tk, kt);
+  const int64_t start = b * p.bias_sb + h * p.bias_sh + qt * kTile * p.bias_sq + kt * kTile * p.bias_sk;
+  with_type(p.bias_dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const T* src = static_cast<const T*>(p.bias) + start;
+    if (p.bias_sk == 1) return pack_transposed(src, p.bias_sq, nq, nk, kLog2e, kTile, kTile, out);
+    for (int i = 0; i < nq; ++i)  // the same for all keys
+      for (int j = 0; j < nk; ++j) raw[i * kTile + j] = to_float(src[i * p.bias_sq]);
+    pack_transposed(raw, kTile, nq, nk, kLog2e, kTile, kTile, out);
+  });
+}
+
+// A row-by-row product for tiles that hold infinities or NaN where some query must not see them: c[i, :] += w(i, k) * b[k, :]
+// over the k that use(i, k) names. b is in panels of kPanel columns, as gemm takes it, with K = depth.
+template <class Use, class Weight>
+void careful_product(int rows, int64_t cols, int depth, const float* b, float* c, int64_t ldc, Use&& use, Weight&& weight) {
+  const int64_t padded_cols = padded(cols);
+  for (int i = 0; i < rows; ++i)
+    for (int k = 0; k < depth; ++k) {
+      if (!use(i, k)) continue;
+      const Vec w = Vec::set1(weight(i, k));
+      for (int64_t n = 0; n < padded_cols; n += kPanel) {
+        const int64_t width = min<int64_t>(kPanel, padded_cols - n);
+        for (int64_t x = 0; x < width; x += Vec::W) {
+          float* out = c + i * ldc + n + x;
+          fma(w, Vec::load(b + n * depth + k * width + x), Vec::load(out)).store(out);
+        }
+      }
+    }
+}
+
+}  // namespace mlcore::MLC_ISA

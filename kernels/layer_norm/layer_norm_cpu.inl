@@ -1,0 +1,103 @@
+// The algorithm of layer_norm over Vec; the equations are in layer_norm.h. Compiled once per ISA.
+#include <math.h>
+
+#include "core/simd/rows.h"
+#include "layer_norm/layer_norm_kernels.h"
+
+namespace mlcore::MLC_ISA {
+namespace {
+
+struct Moments {
+  float mean, variance;
+};
+
+// Two passes: the second is over the centred row, so that a large mean cancels nothing. What rounding left out of the first
+// mean is the mean of the centred row (Chan, Golub & LeVeque 1983, the corrected two-pass algorithm).
+template <class T>
+Moments moments_of(const T* s, int64_t cols) {
+  const float n_cols = static_cast<float>(cols);
+  const float first = sum_row(cols, [&](int64_t c, int n) { return load_some(s + c, n); }) / n_cols;
+  const Vec shift = Vec::set1(first);
+  const auto [rest, squares] = sum_row(cols, [&](int64_t c, int n) {
+    const Vec d = keep_some(load_some(s + c, n) - shift, n);
+    return VecPair{d, d * d};
+  });
+  const float left = rest / n_cols, variance = squares / n_cols - left * left;
+  return {first + left, variance < 0.0f ? 0.0f : variance};
+}
+
+template <class T, class TW, class TB>
+void fwd_rows(const LayerNormFwd& p, int64_t row_begin, int64_t row_end) {
+  const TW* weight = static_cast<const TW*>(p.weight.data);
+  const TB* bias = static_cast<const TB*>(p.bias.data);
+  for (int64_t r = row_begin; r < row_end; ++r) {
+    const T* s = p.residual.data ? add_rows<T>(p.cols, p.x, p.residual, p.s, r) : row<T>(p.x, r);  // (C)
+    T* y = row<T>(p.y, r);                                                                         // (C)
+    const Moments m = moments_of(s, p.cols);
+    p.mean[r] = m.mean;
+    p.rstd[r] = 1.0f / sqrtf(m.variance + p.eps);
+    const Vec mean = Vec::set1(m.mean), rstd = Vec::set1(p.rstd[r]);
+    for_row(p.cols, [&](int64_t c, int n) {
+      Vec v = (load_some(s + c, n) - mean) * rstd;
+      if (weight) v = v * load_some(weight + c, n);
+      if (bias) v = v + load_some(bias + c, n);
+      store_some(y + c, v, n);
+    });
+  }
+}
+
+template <class T, class TW>
+void bwd_rows(const LayerNormBwd& p, int64_t block, int64_t row_begin, int64_t row_end) {
+  const TW* weight = static_cast<const TW*>(p.weight.data);
+  float* dweight = zero_partial(p.weight_partial, block, p.cols);  // (C)
+  float* dbias = zero_partial(p.bias_partial, block, p.cols);      // (C)
+  for (int64_t r = row_begin; r < row_end; ++r) {
+    const T *dy = row<T>(p.dy, r), *s = row<T>(p.s, r), *ds = row<T>(p.ds, r);  // (C)
+    T* dx = row<T>(p.dx, r);                                                    // (C)
+    const Vec mean = Vec::set1(p.mean[r]), rstd = Vec::set1(p.rstd[r]);
+    const auto xhat = [&](int64_t c, int n) { return (load_some(s + c, n) - mean) * rstd; };
+    const auto g = [&](int64_t c, int n) {
+      const Vec d = load_some(dy + c, n);
+      return weight ? d * load_some(weight + c, n) : d;
+    };
+    const auto [total_g, total_gx] = sum_row(p.cols, [&](int64_t c, int n) {
+      const Vec v = g(c, n);
+      return VecPair{v, v * xhat(c, n)};
+    });
+    const Vec mean_g = Vec::set1(total_g / static_cast<float>(p.cols));
+    const Vec mean_gx = Vec::set1(total_gx / static_cast<float>(p.cols));
+    for_row(p.cols, [&](int64_t c, int n) {
+      const Vec x = xhat(c, n), d = load_some(dy + c, n);
+      Vec v = (g(c, n) - mean_g - x * mean_gx) * rstd;
+      if (ds) v = v + load_some(ds + c, n);
+      if (dweight) store_some(dweight + c, fma(d, x, load_some(dweight + c, n)), n);
+      if (dbias) store_some(dbias + c, load_some(dbias + c, n) + d, n);
+      store_some(dx + c, v, n);
+    });
+  }
+}
+
+void fwd(const LayerNormFwd& p, int64_t row_begin, int64_t row_end) {
+  with_types(p.dtype, p.weight.dtype, [&](auto t, auto w) {
+    using T = decltype(t);
+    using TW = decltype(w);
+    if (p.bias.dtype == Dtype::f32) return fwd_rows<T, TW, float>(p, row_begin, row_end);
+    fwd_rows<T, TW, T>(p, row_begin, row_end);
+  });
+}
+
+void bwd(const LayerNormBwd& p, int64_t block, int64_t row_begin, int64_t row_end) {
+  with_types(p.dtype, p.weight.dtype,
+             [&](auto t, auto w) { bwd_rows<decltype(t), decltype(w)>(p, block, row_begin, row_end); });
+}
+
+void reduce(const LayerNormBwd& p, int64_t blocks, int64_t col_begin, int64_t col_end) {
+  add_partials(p.weight_partial, blocks, p.cols, col_begin, col_end, p.dweight);
+  add_partials(p.bias_partial, blocks, p.cols, col_begin, col_end, p.dbias);
+}
+
+}  // namespace
+
+extern const LayerNormKernels layer_norm_kernels = {fwd, bwd, reduce};
+
+}  // namespace mlcore::MLC_ISA

@@ -1,0 +1,18 @@
+"""layer_norm in plain torch: the oracle of the tests and the fallback for dtypes and devices without a kernel."""
+
+from __future__ import annotations
+
+import torch
+
+
+def layer_norm(x, weight=None, bias=None, residual=None, eps=1e-5):
+    """(y, s) as the equations of layer_norm.h, computed in float32 or, for float64 tensors, in float64."""
+    s = x if residual is None else x + residual
+    wide = s.to(torch.promote_types(s.dtype, torch.float32))
+    centred = wide - wide.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    return y.to(s.dtype), s

@@ -1,0 +1,74 @@
+"""How an op becomes a citizen of torch: schema, kernels by device, fake, autocast; and when a call may skip all that.
+
+An op file calls register() once per pass, keeps the handle it returns, and wraps the pair in an autograd.Function (ctx
+style: setup_context costs 17 us a call). A call with nothing to record goes to the launcher directly (direct()).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_LIB = torch.library.Library("mlcore", "DEF")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
+_grad_enabled = torch.is_grad_enabled
+_compiling = torch.compiler.is_compiling
+
+
+def register(schema: str, *, launch: Callable, fake: Callable, lower_precision: bool = False) -> torch._ops.OpOverload:
+    """Defines mlcore::<schema>, with one launcher for CPU and CUDA tensors and the fake that mirrors its outputs.
+
+    lower_precision: under torch.autocast the op's floating tensors are cast to the autocast dtype (as torch does for matmul
+    and attention); otherwise they are taken as they are, after promotion by the public function.
+    """
+    name = schema.split("(", 1)[0]
+    _LIB.define(schema)
+    _LIB.impl(name, launch, "CPU")
+    _LIB.impl(name, launch, "CUDA")
+    torch.library.register_fake(f"mlcore::{name}", fake, lib=_LIB)
+    if lower_precision:
+        for device in ("cpu", "cuda"):
+            _register_autocast(name, device)
+    return getattr(torch.ops.mlcore, name).default
+
+
+def _register_autocast(name: str, device: str) -> None:
+    handle = getattr(torch.ops.mlcore, name).default
+    key = "AutocastCPU" if device == "cpu" else "AutocastCUDA"
+
+    def cast_and_call(*args):
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            return handle(*(_autocast_arg(a, device, dtype) for a in args))
+
+    _LIB.impl(name, cast_and_call, key)
+
+
+def _autocast_arg(a, device: str, dtype: torch.dtype):
+    eligible = isinstance(a, torch.Tensor) and a.is_floating_point() and a.dtype != torch.float64 and a.device.type == device
+    return a.to(dtype) if eligible else a
+
+
+def autocast(device: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors, cast as torch.autocast casts a matmul's operands when it is on for this device."""
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(_autocast_arg(t, device, dtype) for t in tensors)
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """True when autograd must record the call."""
+    return _grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def direct(*tensors: torch.Tensor | None) -> bool:
+    """True when nothing watches the call: no tracing, no mode, no transform, only plain tensors. Grad is the caller's check."""
+    if _compiling() or _dispatch_modes() or _functorch_level() is not None or _tracing() is not None:
+        return False
+    return all(t is None or (type(t) in _PLAIN and not t.is_neg()) for t in tensors)

@@ -1,0 +1,18 @@
+"""Modules over mlcore.ops, with the signatures and state dicts of torch.nn where one exists there."""
+
+from .layer_norm import LayerNorm
+from .multihead_attention import MultiheadAttention
+from .rms_norm import RMSNorm
+from .transformer import Transformer, TransformerDecoder, TransformerEncoder
+from .transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
+
+__all__ = [
+    "LayerNorm",
+    "MultiheadAttention",
+    "RMSNorm",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]

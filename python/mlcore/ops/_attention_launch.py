@@ -1,0 +1,100 @@
+"""Attention's launchers: they allocate, lower a boolean mask to a tile list, and call the backend's kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from ._rows import table_impl
+
+_OP = "attention"
+_TILE = 64  # as kernels/attention/attention_schedule.h
+
+
+def _tile_list(mask, Tk):
+    """(row_ptr, cols, ids, bits, set_b, set_h) of a boolean mask (B|1, H|1, Tq|1, Tk|1); see attention.h."""
+    if mask is None:
+        return None, None, None, None, 1, 1
+    if mask.shape[3] != Tk:
+        mask = mask.expand(-1, -1, -1, Tk)
+    set_b, set_h, Tq = mask.shape[:3]
+    rows, k_tiles = set_b * set_h * -(-Tq // _TILE), -(-Tk // _TILE)
+    codes = torch.empty(rows, k_tiles, dtype=torch.int32)
+    counts = torch.empty(2, dtype=torch.int64)
+    table_impl(_OP, "mask_codes", "cpu", mask)(mask, codes, counts)
+    listed, partial = counts.tolist()
+    row_ptr = torch.empty(rows + 1, dtype=torch.int64)
+    cols, ids = torch.empty(listed, dtype=torch.int32), torch.empty(listed, dtype=torch.int32)
+    bits = torch.empty(partial, _TILE, dtype=torch.int64)
+    table_impl(_OP, "mask_tiles", "cpu", mask)(mask, codes, row_ptr, cols, ids, bits)
+    return row_ptr, cols, ids, bits, set_b, set_h
+
+
+def _inner_contiguous(t):
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _new_output(q, v):
+    """(B, H, Tq, Dv), laid out as (B, Tq, H, Dv): what the output projection reads without a copy."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+
+
+def fwd_launch(q, k, v, mask, bias, seed, left, right, offset, scale, softcap, dropout_p, impl):
+    q, k, v = _inner_contiguous(q), _inner_contiguous(k), _inner_contiguous(v)
+    o = _new_output(q, v)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    fwd = table_impl(_OP, "fwd", impl, q)
+    tiles = _tile_list(mask, k.shape[2])
+    number = int(seed) if seed is not None else 0
+    fwd(q, k, v, bias, left, right, offset, *tiles, scale, softcap, dropout_p, number, o, lse)
+    return o, lse
+
+
+def fwd_fake(q, k, v, mask, bias, seed, left, right, offset, scale, softcap, dropout_p, impl):
+    return _new_output(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _new_gradients(q, k, v, bias, need_dbias):
+    """Gradients laid out as their tensors, dbias as its kernel sums it: fp32, contiguous, every key of its own."""
+    grads = [torch.empty_like(t) if t.stride(-1) == 1 else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+    if need_dbias:
+        dbias = torch.zeros(*bias.shape[:3], k.shape[2], dtype=torch.float32, device=q.device)
+    else:
+        dbias = q.new_empty(0)
+    return *grads, dbias
+
+
+def bwd_launch(
+    q, k, v, mask, bias, seed, left, right, offset, scale, softcap, dropout_p, impl, o, lse, d_o, d_lse, need_dbias
+):
+    per_key = need_dbias and bias.shape[3] == k.shape[2]
+    dq, dk, dv, dbias = _new_gradients(q, k, v, bias, per_key)
+    q, k, v = _inner_contiguous(q), _inner_contiguous(k), _inner_contiguous(v)
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    bwd = table_impl(_OP, "bwd", impl, q)
+    tiles = _tile_list(mask, k.shape[2])
+    number = int(seed) if seed is not None else 0
+    bwd(
+        q, k, v, bias, left, right, offset, *tiles, scale, softcap, dropout_p, number,
+        o, lse, _inner_contiguous(d_o), d_lse, dq, dk, dv, dbias if per_key else None,
+    )  # fmt: skip
+    if need_dbias:
+        dbias = _reduced_dbias(dbias, bias, lse, d_lse, per_key)
+    return dq, dk, dv, dbias
+
+
+def _reduced_dbias(dbias, bias, lse, d_lse, per_key):
+    if per_key:
+        return dbias.to(bias.dtype)
+    # The same for all keys: it cancels in the softmax and moves lse alone.
+    if d_lse is None:
+        return torch.zeros_like(bias, memory_format=torch.contiguous_format)
+    d_lse = torch.where(lse == float("-inf"), 0.0, d_lse).unsqueeze(-1)
+    return d_lse.sum_to_size(bias.shape).to(bias.dtype).contiguous()
+
+
+def bwd_fake(
+    q, k, v, mask, bias, seed, left, right, offset, scale, softcap, dropout_p, impl, o, lse, d_o, d_lse, need_dbias
+):
+    dq, dk, dv, _ = _new_gradients(q, k, v, bias, False)
+    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if need_dbias else q.new_empty(0)
+    return dq, dk, dv, dbias

@@ -1,0 +1,116 @@
+"""What the row-wise norms share: argument checks, (rows, columns) views, outputs, and the launcher of a backend."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch.autograd import forward_ad
+
+from .. import _C
+from .._backend import choose, cuda_library
+
+_MAX_ROW_BLOCKS = 64  # as csrc/core/row_blocks.h
+
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_compiling = torch.compiler.is_compiling
+
+
+def norm_args(op, x, weight, bias, residual, eps, impl) -> tuple[torch.Tensor, torch.Tensor | None, str]:
+    """(x, residual, backend) of a norm's call, or one clear error for arguments that break its contract.
+
+    Under torch.autocast x and residual are promoted as x + residual would be; weight and bias are taken as they are.
+    """
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x must have at least one dimension; got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{op}: x must be a floating-point tensor; got {x.dtype}")
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ValueError(f"{op}: residual must have x's shape {tuple(x.shape)}; got {tuple(residual.shape)}")
+        if residual.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(dtype), residual.to(dtype)
+        if residual.dtype != x.dtype or residual.device != x.device:
+            raise ValueError(f"{op}: residual must be {x.dtype} on {x.device} as x; got {residual.dtype} on {residual.device}")
+    cols = x.shape[-1]
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        if t.dim() != 1 or t.shape[0] != cols:
+            raise ValueError(f"{op}: {name} must have shape ({cols},), x's last dimension; got {tuple(t.shape)}")
+        if t.dtype != x.dtype and t.dtype != torch.float32:
+            raise ValueError(f"{op}: {name} must be {x.dtype} as x, or torch.float32; got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{op}: {name} must be on {x.device} as x; got {t.device}")
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps must not be negative; got {eps}")
+    if _transformed():
+        if impl not in (None, "reference"):
+            raise ValueError(f"{op}: impl={impl!r} can't serve torch.func transforms or forward-mode AD; the reference can")
+        impl = "reference"
+    return x, residual, choose(op, impl, x)
+
+
+def _transformed() -> bool:
+    """True where torch.func (vmap, grad, jvp, ...) or forward-mode AD follows the call: through plain torch ops only."""
+    return not _compiling() and (_functorch_level() is not None or forward_ad._current_level >= 0)
+
+
+def rows_of(t: torch.Tensor | None) -> torch.Tensor | None:
+    """t as (R, C) with contiguous rows; a copy only where the strides force one. None stays None."""
+    if t is None:
+        return None
+    rows = t if t.dim() == 2 else t.unsqueeze(0) if t.dim() == 1 else t.flatten(0, -2)  # (R, C)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def new_rows(rows: torch.Tensor) -> torch.Tensor:
+    """An output for rows: (R, C), contiguous."""
+    return torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+
+def new_statistic(rows: torch.Tensor) -> torch.Tensor:
+    """An output with one float32 number a row: (R)."""
+    return rows.new_empty(rows.shape[0], dtype=torch.float32)
+
+
+def shaped(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Contiguous rows in the shape that they were made from."""
+    return rows if like.dim() == 2 else rows.view(like.shape)
+
+
+def contiguous(vector: torch.Tensor | None) -> torch.Tensor | None:
+    """A weight or bias as the kernels take it."""
+    return None if vector is None else vector.contiguous()
+
+
+def new_partials(rows: torch.Tensor, *count: int) -> torch.Tensor:
+    """Scratch for deterministic sums over rows: (*count, P, C) float32, one partial row a row block."""
+    return rows.new_empty(*count, min(rows.shape[0], _MAX_ROW_BLOCKS), rows.shape[1], dtype=torch.float32)
+
+
+def fake_rows(x: torch.Tensor) -> torch.Tensor:
+    """The fake of a (..., C) output of x's shape."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def fake_statistic(x: torch.Tensor) -> torch.Tensor:
+    """The fake of a float32 output with one number a row."""
+    return x.new_empty(functools.reduce(lambda a, b: a * b, x.shape[:-1], 1), dtype=torch.float32)
+
+
+@functools.cache
+def _kernel(op: str, pass_name: str, backend: str) -> Callable:
+    if backend == "cpu":
+        return getattr(_C, f"{op}_{pass_name}")
+    if backend == "cuda":
+        return getattr(cuda_library(), f"{op}_{pass_name}")
+    return getattr(importlib.import_module(f"mlcore.kernels.{op}.{op}_triton"), pass_name)
+
+
+def table_impl(op: str, pass_name: str, backend: str, tensor: torch.Tensor) -> Callable:
+    """The function of a kernels.inc row: all backends of a pass take the same arguments."""
+    return _kernel(op, pass_name, backend or choose(op, None, tensor))

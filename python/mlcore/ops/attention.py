@@ -1,0 +1,260 @@
+"""Softmax attention: registration and the public functions. The equations are in kernels/attention/attention.h."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .._backend import choose
+from .._registry import autocast, direct, needs_grad, register
+from ._attention_launch import bwd_fake, bwd_launch, fwd_fake, fwd_launch
+
+_OP = "attention"
+_MAX_HEAD_DIM = 256  # of the kernels; the reference takes any
+
+# Band: query i sees key j where i + offset - left <= j <= i + offset + right; -1 is no limit. mask and bias are 4-D, their
+# dimensions those of the scores or 1. seed: one int64, read only with dropout.
+_ARGS = "Tensor? mask, Tensor? bias, Tensor? seed, int left, int right, int offset, float scale, float softcap, float dropout_p, str impl"
+_fwd = register(
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_ARGS}) -> (Tensor o, Tensor lse)",
+    launch=fwd_launch,
+    fake=fwd_fake,
+    lower_precision=True,
+)
+_bwd = register(
+    f"attention_bwd(Tensor q, Tensor k, Tensor v, {_ARGS}, Tensor o, Tensor lse, Tensor d_o, Tensor? d_lse, bool need_dbias)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    launch=bwd_launch,
+    fake=bwd_fake,
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, mask, bias, seed, *numbers):
+        o, lse = _fwd(q, k, v, mask, bias, seed, *numbers)
+        ctx.numbers = numbers
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, mask, bias, seed, o, lse)
+        return o, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_o, d_lse):
+        q, k, v, mask, bias, seed, o, lse = ctx.saved_tensors
+        if d_o is None:
+            d_o = torch.zeros_like(o)
+        need_dbias = bias is not None and ctx.needs_input_grad[4]
+        dq, dk, dv, dbias = _bwd(q, k, v, mask, bias, seed, *ctx.numbers, o, lse, d_o, d_lse, need_dbias)
+        wanted = [g if need else None for g, need in zip((dq, dk, dv), ctx.needs_input_grad)]
+        return *wanted, None, dbias if need_dbias else None, None, *(None for _ in ctx.numbers)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    pattern: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    dropout_p: float = 0.0,
+    impl: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention (Vaswani et al. 2017, "Attention Is All You Need"), computed tile by tile without a T x T matrix.
+
+    o = softmax(scale * q k^T + bias) v, over the keys that a query may see. A query that sees none gives o = 0, lse = -inf
+    and no gradient; what its unseen keys and values hold, NaN included, never reaches it.
+
+    Args:
+        q: (B, H, Tq, D), float32, bfloat16 or float16 (others, and head dims above 256: the reference). Any strides.
+        k: (B, Hkv, Tk, D); Hkv divides H: each key head serves H / Hkv query heads.
+        v: (B, Hkv, Tk, Dv).
+        pattern: who sees whom: a boolean tensor broadcastable to (B, H, Tq, Tk), True where the query sees the key.
+        causal: query i sees keys up to i + Tk - Tq: the last query sees all (bottom-right aligned, as flash-attn).
+        scale: of q k^T; None is 1 / sqrt(D).
+        bias: added to the scaled scores, floating, broadcastable to (B, H, Tq, Tk); differentiable.
+        softcap: scores become softcap * tanh(score / softcap) before the bias (Gemma 2).
+        return_lse: also return the log of the softmax's denominator.
+        dropout_p: probability that a weight is dropped; the mask is a function of a seed from torch's generator.
+        impl: "cpu", "cuda", "triton" or "reference"; None chooses (see mlcore.explain).
+
+    Returns:
+        o (B, H, Tq, Dv) in q's dtype; with return_lse the pair (o, lse), lse (B, H, Tq) float32. Both are differentiable, once.
+
+    Raises:
+        ValueError: shapes, dtypes or values break the rules above, or impl can't serve the call.
+    """
+    _check_qkv(q, k, v)
+    B, H, Tq, D = q.shape
+    Tk = k.shape[2]
+    if scale is None:
+        scale = 1.0 / math.sqrt(D) if D else 1.0
+    elif isinstance(scale, torch.Tensor) or not math.isfinite(scale):
+        raise ValueError(f"attention: scale must be a finite number; got {scale}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"attention: softcap must be a positive number or None; got {softcap}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"attention: dropout_p must be in [0, 1]; got {dropout_p}")
+    if pattern is not None:
+        pattern = _broadcastable("pattern", pattern, q, Tk)
+        if pattern.dtype != torch.bool:
+            raise ValueError(f"attention: pattern must be a boolean tensor, True where a query sees a key; got {pattern.dtype}")
+    if bias is not None:
+        bias = _broadcastable("bias", bias, q, Tk)
+        if not bias.is_floating_point():
+            raise ValueError(f"attention: bias must be a floating-point tensor; got {bias.dtype}")
+    right, offset = (0, Tk - Tq) if causal else (-1, 0)
+    return _run(q, k, v, pattern, bias, -1, right, offset, float(scale), softcap, float(dropout_p), return_lse, impl)
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """torch.nn.functional.scaled_dot_product_attention, argument for argument, computed by mlcore.ops.attention.
+
+    Args:
+        query: (..., H, L, E); key: (..., Hkv, S, E); value: (..., Hkv, S, Ev). Leading dimensions broadcast.
+        attn_mask: broadcastable to (..., H, L, S): boolean, True where a query sees a key, or floating, added to the scores.
+        dropout_p: applied always, as torch does; the dropped weights differ from torch's for the same seed.
+        is_causal: query i sees keys up to i (top-left aligned); excludes attn_mask.
+        scale: None is 1 / sqrt(E).
+        enable_gqa: Hkv may divide H.
+
+    Returns:
+        (..., H, L, Ev) in query's dtype.
+
+    Raises:
+        ValueError, RuntimeError: as torch's rules are broken.
+    """
+    if attn_mask is not None and is_causal:
+        raise RuntimeError("scaled_dot_product_attention: attn_mask must be None when is_causal is True")
+    if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
+        raise ValueError(
+            "scaled_dot_product_attention: query, key and value must have at least 2 dimensions; got "
+            f"{query.dim()}, {key.dim()}, {value.dim()}"
+        )
+    if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise ValueError(f"scaled_dot_product_attention: attn_mask must be boolean or floating; got {attn_mask.dtype}")
+    lead, q, k, v = _four_dims(query, key, value, enable_gqa)
+    mask = None
+    if attn_mask is not None:
+        mask = attn_mask if len(lead) <= 2 else attn_mask.expand(*lead, *attn_mask.shape[-2:]).flatten(0, -4)
+    is_bool = mask is not None and mask.dtype == torch.bool
+    if is_causal:
+        _check_qkv(q, k, v)
+        D = q.shape[-1]
+        scale = (1.0 / math.sqrt(D) if D else 1.0) if scale is None else float(scale)
+        o = _run(q, k, v, None, None, -1, 0, 0, scale, None, dropout_p, False, None)
+    else:
+        o = attention(q, k, v, pattern=mask if is_bool else None, bias=None if is_bool else mask, scale=scale, dropout_p=dropout_p)
+    return o if len(lead) == 2 else o.reshape(*lead, *o.shape[-2:])
+
+
+def _four_dims(query, key, value, enable_gqa):
+    """(leading dims, q, k, v as 4-D): batch dimensions flattened, and broadcast where they differ."""
+    lead_q, lead_k, lead_v = query.shape[:-2], key.shape[:-2], value.shape[:-2]
+    if len(lead_q) == 2 and lead_q == lead_k == lead_v:
+        return lead_q, query, key, value
+    if enable_gqa:
+        if min(len(lead_q), len(lead_k), len(lead_v)) < 1 or lead_k[-1] != lead_v[-1] or lead_q[-1] % max(lead_k[-1], 1):
+            raise ValueError(
+                "scaled_dot_product_attention: with enable_gqa key and value must have the same number of heads, dividing "
+                f"query's; got shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+            )
+        batch = torch.broadcast_shapes(lead_q[:-1], lead_k[:-1], lead_v[:-1])
+        lead = (*batch, lead_q[-1])
+        heads = (lead_q[-1], lead_k[-1], lead_v[-1])
+    else:
+        lead = tuple(torch.broadcast_shapes(lead_q, lead_k, lead_v))
+        batch, heads = lead[:-1], lead[-1:] * 3
+
+    def flat(t, n):
+        t = t.expand(*batch, n, *t.shape[-2:]) if lead else t
+        return t.reshape(math.prod(batch), n, *t.shape[-2:]) if lead else t[None, None]
+
+    if not lead:
+        heads = (1, 1, 1)
+    return lead, flat(query, heads[0]), flat(key, heads[1]), flat(value, heads[2])
+
+
+def _check_qkv(q, k, v) -> None:
+    for name, t, layout in (("q", q, "(B, H, Tq, D)"), ("k", k, "(B, Hkv, Tk, D)"), ("v", v, "(B, Hkv, Tk, Dv)")):
+        if t.dim() != 4:
+            raise ValueError(f"attention: {name} must be {layout}; got shape {tuple(t.shape)}")
+    if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"attention: q, k and v must have the same floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if k.device != q.device or v.device != q.device:
+        raise ValueError(f"attention: q, k and v must be on the same device; got {q.device}, {k.device}, {v.device}")
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(f"attention: k must be (B, Hkv, Tk, D) with q's B, D = {q.shape[0]}, {q.shape[3]}; got {tuple(k.shape)}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"attention: v must be (B, Hkv, Tk, Dv) with k's B, Hkv, Tk = {tuple(k.shape[:3])}; got {tuple(v.shape)}")
+    if (q.shape[1] % k.shape[1] if k.shape[1] else q.shape[1]) != 0:
+        raise ValueError(f"attention: k has {k.shape[1]} heads, which must divide q's {q.shape[1]}")
+
+
+def _broadcastable(name, t, q, Tk):
+    """t as a 4-D tensor whose dimensions are the scores' or 1."""
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"attention: {name} must be a tensor; got {type(t).__name__}")
+    want = (q.shape[0], q.shape[1], q.shape[2], Tk)
+    got = (1,) * (4 - t.dim()) + tuple(t.shape)
+    if t.dim() > 4 or any(n != w and n != 1 for n, w in zip(got, want)):
+        raise ValueError(f"attention: {name} must broadcast to (B, H, Tq, Tk) = {want}; got shape {tuple(t.shape)}")
+    if t.device != q.device:
+        raise ValueError(f"attention: {name} must be on {q.device} as q; got {t.device}")
+    return t if t.dim() == 4 else t[(None,) * (4 - t.dim())]
+
+
+def _run(q, k, v, mask, bias, left, right, offset, scale, softcap, dropout_p, return_lse, impl):
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = autocast(q.device.type, q, k, v)
+    backend = choose(_OP, impl, q)
+    widest = max(q.shape[3], v.shape[3])
+    if backend != "reference" and not (1 <= widest <= _MAX_HEAD_DIM and q.shape[3] and v.shape[3]):
+        if impl is not None:
+            raise ValueError(f"attention: impl={impl!r} can't serve this call: head dims must be 1 to {_MAX_HEAD_DIM}; got {widest}")
+        backend = "reference"
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device) if dropout_p > 0 else None
+    if bias is not None and bias.dtype == torch.float64 and backend != "reference":
+        bias = bias.float()
+    if backend == "reference":
+        o, lse = _reference(q, k, v, mask, bias, seed, left, right, offset, scale, softcap, dropout_p)
+        return (o, lse) if return_lse else o
+    if bias is not None and bias.stride(3) not in (0, 1):
+        bias = bias.contiguous()
+    args = (mask, bias, seed, left, right, offset, scale, softcap or 0.0, dropout_p, backend)
+    if needs_grad(q, k, v, bias):
+        o, lse = _Attention.apply(q, k, v, *args)
+    elif direct(q, k, v, mask, bias):
+        o, lse = fwd_launch(q, k, v, *args)
+    else:
+        o, lse = _fwd(q, k, v, *args)
+    return (o, lse) if return_lse else o
+
+
+def _reference(q, k, v, mask, bias, seed, left, right, offset, scale, softcap, dropout_p):
+    from ..kernels.attention import attention_ref
+
+    if left >= 0 or right >= 0:
+        limits = (None if left < 0 else left, None if right < 0 else right)
+        band = attention_ref.band_mask(q.shape[2], k.shape[2], *limits, offset, q.device)
+        mask = band if mask is None else mask & band
+    number = int(seed) if seed is not None else 0
+    o, lse = attention_ref.attention(
+        q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, dropout_p=dropout_p, seed=number
+    )
+    return o.to(q.dtype), lse

@@ -1,0 +1,124 @@
+"""rms_norm: registration and the public function. The equations are in kernels/rms_norm/rms_norm.h."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .._registry import direct, needs_grad, register
+from . import _rows
+
+_OP = "rms_norm"
+
+
+def _run_fwd(x, residual, weight, eps, impl):
+    rows = _rows.rows_of(x)  # (R, C)
+    y, rstd = _rows.new_rows(rows), _rows.new_statistic(rows)
+    s = None if residual is None else _rows.new_rows(rows)
+    fwd = _rows.table_impl(_OP, "fwd", impl, x)
+    fwd(rows, _rows.rows_of(residual), _rows.contiguous(weight), eps, y, s, rstd)
+    return _rows.shaped(y, x), None if s is None else _rows.shaped(s, x), rstd
+
+
+def _run_bwd(dy, ds, s, weight, rstd, need_dweight, impl):
+    rows = _rows.rows_of(s)  # (R, C)
+    dx = _rows.new_rows(rows)
+    dweight = torch.empty_like(weight) if need_dweight else None
+    partial = _rows.new_partials(rows) if need_dweight else None
+    bwd = _rows.table_impl(_OP, "bwd", impl, s)
+    bwd(_rows.rows_of(dy), _rows.rows_of(ds), rows, _rows.contiguous(weight), rstd, dx, dweight, partial)
+    return _rows.shaped(dx, s), dweight
+
+
+# A schema has a fixed number of outputs: what was not asked for is an empty tensor there.
+def _fwd_launch(x, residual, weight, eps, impl):
+    y, s, rstd = _run_fwd(x, residual, weight, eps, impl)
+    return y, x.new_empty(0) if s is None else s, rstd
+
+
+def _fwd_fake(x, residual, weight, eps, impl):
+    return _rows.fake_rows(x), x.new_empty(0) if residual is None else _rows.fake_rows(x), _rows.fake_statistic(x)
+
+
+def _bwd_launch(dy, ds, s, weight, rstd, need_dweight, impl):
+    dx, dweight = _run_bwd(dy, ds, s, weight, rstd, need_dweight, impl)
+    return dx, s.new_empty(0) if dweight is None else dweight
+
+
+def _bwd_fake(dy, ds, s, weight, rstd, need_dweight, impl):
+    return _rows.fake_rows(s), torch.empty_like(weight) if need_dweight else s.new_empty(0)
+
+
+_fwd = register(
+    "rms_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, float eps, str impl) -> (Tensor y, Tensor s, Tensor rstd)",
+    launch=_fwd_launch,
+    fake=_fwd_fake,
+)
+_bwd = register(
+    "rms_norm_bwd(Tensor dy, Tensor? ds, Tensor s, Tensor? weight, Tensor rstd, bool need_dweight, str impl)"
+    " -> (Tensor dx, Tensor dweight)",
+    launch=_bwd_launch,
+    fake=_bwd_fake,
+)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, impl):
+        run = _run_fwd if direct(x, residual, weight) else _fwd
+        y, s, rstd = run(x, residual, weight, eps, impl)
+        ctx.impl = impl
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if residual is None else s, weight, rstd)
+        return y if residual is None else (y, s)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, ds=None):
+        s, weight, rstd = ctx.saved_tensors
+        need_x, need_residual, need_weight = ctx.needs_input_grad[:3]
+        if dy is None:  # only s was used
+            dx, dweight = ds, None
+        else:
+            run = _run_bwd if direct(dy, ds, s, weight) else _bwd
+            dx, dweight = run(dy, ds, s, weight, rstd, need_weight, ctx.impl)
+        return dx if need_x else None, dx if need_residual else None, dweight if need_weight else None, None, None
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    *,
+    residual: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    impl: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """RMS normalisation over the last dimension (Zhang & Sennrich 2019, "Root Mean Square Layer Normalization").
+
+    y = s / sqrt(mean(s^2) + eps) * weight, with s = x + residual. Statistics and sums are float32.
+
+    Args:
+        x: (..., C), float32, bfloat16 or float16 (float64 and other devices: the reference).
+        weight: (C), x's dtype or float32; None is all ones.
+        residual: x's shape and dtype; added first.
+        eps: added to the mean square, not negative.
+        impl: "cpu", "cuda", "triton" or "reference"; None chooses (see mlcore.explain).
+
+    Returns:
+        y (..., C) in x's dtype; with a residual the pair (y, s), s being the next residual. Both are differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes or eps break the rules above, or impl can't serve the call.
+    """
+    x, residual, backend = _rows.norm_args(_OP, x, weight, None, residual, eps, impl)
+    if backend == "reference":
+        from ..kernels.rms_norm import rms_norm_ref
+
+        y, s = rms_norm_ref.rms_norm(x, weight, residual, eps)
+    elif needs_grad(x, residual, weight):
+        out = _RmsNorm.apply(x, residual, weight, eps, backend)
+        y, s = (out, None) if residual is None else out
+    else:
+        run = _run_fwd if direct(x, residual, weight) else _fwd
+        y, s, _ = run(x, residual, weight, eps, backend)
+    return y if residual is None else (y, s)
