@@ -9,10 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from conftest import Group
-from harness import relative_error
+from harness import Group, relative_error
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
+STOCK_TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 0.2,
+}  # torch sums layer_norm's bf16 weight gradient in bf16: 7 % at 8192 rows
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -23,7 +26,9 @@ class Problem:
     backward: bool = False
 
     def __str__(self) -> str:
-        return f"{'fwd+bwd' if self.backward else 'fwd'} ({','.join(map(str, self.shape))}){' +residual' if self.residual else ''}"
+        return (
+            f"{'fwd+bwd' if self.backward else 'fwd'} ({','.join(map(str, self.shape))}){' +residual' if self.residual else ''}"
+        )
 
     def bytes(self, dtype: torch.dtype) -> float:
         tensors = 4 if self.residual else 2
@@ -57,7 +62,10 @@ def make_group(problem: Problem, dtype: torch.dtype, biased: bool, ours: Callabl
         return stock(s, *params), s
 
     def call_of(norm, cast=lambda t: t):
-        inputs = [cast(t).detach().requires_grad_(problem.backward) for t in ([x, *params, residual] if problem.residual else [x, *params])]
+        inputs = [
+            cast(t).detach().requires_grad_(problem.backward)
+            for t in ([x, *params, residual] if problem.residual else [x, *params])
+        ]
         n = 1 + len(params)
         grads = [cast(t) for t in ([dy, ds] if problem.residual else [dy])]
 
@@ -73,10 +81,11 @@ def make_group(problem: Problem, dtype: torch.dtype, biased: bool, ours: Callabl
         calls["torch (compiled)"] = call_of(torch.compile(add_then_norm, dynamic=False))
     want = [t.detach() for t in call_of(add_then_norm, torch.Tensor.double)()]
 
-    def check(got):
-        for i, (a, b) in enumerate(zip(got, want, strict=True)):
-            error = relative_error(a, b)
-            assert error < TOLERANCE[dtype], f"output {i}: relative error {error:.1e} against float64, {TOLERANCE[dtype]:.1e} is allowed"
+    def check(row, got):
+        errors = [relative_error(a, b) for a, b in zip(got, want, strict=True)]
+        allowed = TOLERANCE[dtype] if row == "mlcore" else STOCK_TOLERANCE[dtype]
+        assert max(errors) < allowed, f"{row}: relative errors {errors} against float64, {allowed} is allowed"
+        return max(errors)
 
     return Group(calls, check, bytes=problem.bytes(dtype))
 

@@ -17,27 +17,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import harness  # noqa: E402
-import machine_peak  # noqa: E402
 
 SCRATCH = HERE.parent / "build" / "bench" / "last.json"
-
-
-@dataclass
-class Group:
-    """One problem: what each row calls, how its output is checked before it is timed, and how much work a call is.
-
-    rows: name -> call. A group that a row is not made for leaves it out, or gives the reason (str) in place of the call.
-    check: raises AssertionError for a wrong output of a row.
-    flops, bytes: the work of one call that any implementation must do; 0 where the figure says nothing.
-    extra: name -> what else to record of this row.
-    """
-
-    rows: dict[str, Callable[[], object] | str]
-    check: Callable[[object], None]
-    flops: float = 0
-    bytes: float = 0
-    before: dict[str, Callable[[], object]] = field(default_factory=dict)
-    extra: dict[str, dict] = field(default_factory=dict)
 
 
 class _Tape:
@@ -59,7 +40,7 @@ def tape_clock() -> float:
 @dataclass
 class _Session:
     machine: dict
-    groups: dict[str, dict] = field(default_factory=dict)  # group -> row -> result row, or what was raised for it
+    groups: dict[str, dict] = field(default_factory=dict)  # group -> row -> result row, or the exception of its check
     timings: dict[tuple[str, str], harness.Timing] = field(default_factory=dict)
 
 
@@ -69,9 +50,15 @@ _KEY = pytest.StashKey[_Session]()
 def pytest_addoption(parser):
     group = parser.getgroup("mlcore benchmarks")
     group.addoption("--threads", type=int, default=0, help="threads of every row (default: torch's, usually all cores)")
-    group.addoption("--results", metavar="NAME", help="keep the results as bench/results/NAME.json (default: build/bench/last.json)")
+    group.addoption(
+        "--results",
+        metavar="NAME",
+        help="keep the results as bench/results/NAME.json, or at a path that ends in .json (default: build/bench/last.json)",
+    )
     group.addoption("--rounds", type=int, default=15, help="samples of each row (default 15)")
-    group.addoption("--max-time", type=float, default=20.0, help="seconds after which a group starts no further round (default 20)")
+    group.addoption(
+        "--max-time", type=float, default=20.0, help="seconds after which a group starts no further round (default 20)"
+    )
     group.addoption("--compiled", action="store_true", help="add rows that torch.compile makes (minutes of compiling)")
 
 
@@ -80,10 +67,14 @@ def pytest_collect_file(file_path, parent):
         return pytest.Module.from_parent(parent, path=file_path)
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.parent == HERE:
-            item.add_marker(pytest.mark.benchmark(timer=tape_clock))
+def pytest_collection_modifyitems(config, items):
+    ours = [item for item in items if item.path.parent == HERE]
+    for item in ours:
+        item.add_marker(pytest.mark.benchmark(timer=tape_clock))
+    if not config.getoption("compiled"):
+        compiled = [item for item in ours if "(compiled)" in item.callspec.params["row"]]
+        items[:] = [item for item in items if item not in compiled]
+        config.hook.pytest_deselected(items=compiled)
 
 
 def pytest_configure(config):
@@ -94,17 +85,18 @@ def pytest_configure(config):
 
 @pytest.fixture
 def race(request, benchmark):
-    """race(group, row, make): plays `row` of `group` to pytest-benchmark; make() -> Group is called once a group."""
+    """race(group, row, make): plays `row` of `group` to pytest-benchmark; make() -> harness.Group is called once a group."""
     config = request.config
     session = config.stash[_KEY]
 
-    def play(group: str, row: str, make: Callable[[], Group]) -> None:
+    def play(group: str, row: str, make: Callable[[], harness.Group]) -> None:
         benchmark.group = group
         if group not in session.groups:
-            session.groups[group] = _run(session, config, group, make(), benchmark.enabled)
-        result = session.groups[group].get(row, "not for this problem")
-        if isinstance(result, str):
-            pytest.skip(f"{row}: {result}")
+            rounds = config.getoption("rounds") if benchmark.enabled else 0
+            session.groups[group] = harness.run_group(
+                group, make(), session.machine, rounds=rounds, max_time=config.getoption("max_time"), timings=session.timings
+            )
+        result = session.groups[group][row]
         if isinstance(result, Exception):
             raise result
         if benchmark.enabled:
@@ -117,51 +109,14 @@ def race(request, benchmark):
     return play
 
 
-def _run(session: _Session, config, name: str, group: Group, timed: bool) -> dict:
-    """Checks every row of a group, times those that are right, and returns row -> result row, exception or reason."""
-    results, right = {}, {}
-    for row, call in group.rows.items():
-        if isinstance(call, str):
-            results[row] = call
-            continue
-        try:
-            group.before.get(row, lambda: None)()
-            group.check(call())
-            right[row] = call
-            results[row] = {}
-        except Exception as error:
-            results[row] = error
-    if not timed or not right:
-        return results
-    before = {row: group.before[row] for row in right if row in group.before}
-    timings = harness.interleaved(
-        right, config.getoption("rounds"), max_time=config.getoption("max_time"), before=before
-    )
-    for row, timing in timings.items():
-        extra = _rates(session.machine, group, timing.min, group.extra.get(row, {}))
-        results[row] = harness.result_row(name, row, timing, **extra)
-        session.timings[name, row] = timing
-    return results
-
-
-def _rates(machine: dict, group: Group, seconds: float, extra: dict) -> dict:
-    rates = dict(extra)
-    if group.flops or group.bytes:
-        threads = extra.get("threads", machine["threads"])
-        peak = machine_peak.measure(threads, machine["isa"].split()[0])
-        machine.update(peak if threads == machine["threads"] else {})
-        kind, rate = ("fma_gflops", group.flops) if group.flops else ("copy_gbps", group.bytes)
-        rate = rate / seconds * 1e-9
-        rates |= {"gflops" if group.flops else "gbps": rate, "peak_fraction": rate / peak[kind]}
-    return rates
-
-
 def _rows(session: _Session) -> list[dict]:
-    return [r for rows in session.groups.values() for r in rows.values() if isinstance(r, dict) and r]
+    return [r for rows in session.groups.values() for r in rows.values() if isinstance(r, dict) and "seconds_min" in r]
 
 
 def _path(config) -> Path:
     name = config.getoption("results")
+    if name and name.endswith(".json"):
+        return Path(name).resolve()
     return harness.RESULTS / f"{name}.json" if name else SCRATCH
 
 
@@ -179,4 +134,4 @@ def pytest_terminal_summary(terminalreporter, config):
 
         terminalreporter.section("mlcore")
         terminalreporter.write_line(report.as_text(harness.read_results(_path(config))))
-        terminalreporter.write_line(f"kept in {_path(config).relative_to(HERE.parent)}")
+        terminalreporter.write_line(f"kept in {_path(config).parent.name}/{_path(config).name}")

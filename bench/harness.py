@@ -28,9 +28,10 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import machine_peak
 import torch
 
 SCHEMA = 1
@@ -68,7 +69,7 @@ def interleaved(
         rows: name -> the call to time.
         repeats: rounds.
         min_time: seconds that a sample lasts at least; a shorter call is repeated within its sample.
-        max_time: seconds after which no further round starts; three rounds are always made.
+        max_time: seconds after which no further round starts; three rounds are always made (or `repeats`, if fewer).
         before: name -> what to do, untimed, before each of the row's samples (one untimed call follows it).
         sync: waits for the device, called before each clock reading.
         progress: called after each sample.
@@ -77,10 +78,11 @@ def interleaved(
     calls = {}
     for name, call in rows.items():
         before.get(name, lambda: None)()
-        call()
-        calls[name] = max(1, math.ceil(min_time / max(_sample(call, 1, sync), 1e-9)))
-        if calls[name] > 1:  # the first estimate of a short call is mostly clock and cold caches
-            calls[name] = max(1, math.ceil(min_time / _sample(call, calls[name], sync)))
+        calls[name], estimate = 1, _sample(call, 1, sync)  # also warms up
+        while estimate * calls[name] < min_time and calls[name] < 1 << 20:  # a first estimate is mostly cold caches: ask again
+            grown = min(math.ceil(min_time / max(estimate, 1e-9)), 8 * calls[name])
+            calls[name] = max(grown, calls[name] + 1)
+            estimate = _sample(call, calls[name], sync)
     seconds = {name: [] for name in rows}
     end = time.perf_counter() + max_time
     collecting = gc.isenabled()
@@ -101,6 +103,64 @@ def interleaved(
     return {name: Timing(s) for name, s in seconds.items()}
 
 
+@dataclass
+class Group:
+    """One problem: what each row calls, how its output is checked before it is timed, and how much work a call is.
+
+    rows: name -> call.
+    check: check(row, output) gives the output's largest relative error, or raises AssertionError where it is wrong.
+    flops, bytes: the work of one call that any implementation must do; one of them is 0.
+    before: name -> what to do before each sample of the row, untimed.
+    extra: name -> what else to record of this row.
+    """
+
+    rows: dict[str, Callable[[], object]]
+    check: Callable[[str, object], float]
+    flops: float = 0
+    bytes: float = 0
+    before: dict[str, Callable[[], object]] = field(default_factory=dict)
+    extra: dict[str, dict] = field(default_factory=dict)
+
+
+def run_group(
+    name: str, group: Group, machine: dict, *, rounds: int, max_time: float, timings: dict | None = None
+) -> dict[str, dict | Exception]:
+    """Checks every row, then times those that are right. Row name -> its result row, or what its check raised.
+
+    rounds = 0 checks only and gives empty result rows. The samples go into timings[name, row]; the peaks into machine.
+    """
+    results: dict[str, dict | Exception] = {}
+    extra = {}
+    for row, call in group.rows.items():
+        try:
+            group.before.get(row, lambda: None)()
+            extra[row] = {"error": group.check(row, call())} | group.extra.get(row, {})
+            results[row] = {}
+        except Exception as error:  # a row that fails must not take the others with it
+            results[row] = error
+    if not rounds:
+        return results
+    right = {row: group.rows[row] for row in extra}
+    before = {row: group.before[row] for row in right if row in group.before}
+    for row, timing in interleaved(right, rounds, max_time=max_time, before=before).items():
+        rates = _rates(machine, group, timing.min, extra[row].get("threads", machine["threads"]))
+        results[row] = result_row(name, row, timing, **rates, **extra[row])
+        if timings is not None:
+            timings[name, row] = timing
+    return results
+
+
+def _rates(machine: dict, group: Group, seconds: float, threads: int) -> dict:
+    if not group.flops and not group.bytes:
+        return {}
+    peak = machine_peak.measure(threads, machine["isa"].split()[0])
+    if threads == machine["threads"]:
+        machine.update(peak)
+    rate, unit, ceiling = (group.flops, "gflops", "fma_gflops") if group.flops else (group.bytes, "gbps", "copy_gbps")
+    rate = rate / seconds * 1e-9
+    return {unit: rate, "peak_fraction": rate / peak[ceiling]}
+
+
 def _sample(call: Callable[[], object], calls: int, sync: Callable[[], object]) -> float:
     sync()
     start = time.perf_counter()
@@ -112,8 +172,8 @@ def _sample(call: Callable[[], object], calls: int, sync: Callable[[], object]) 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """||got - want|| / ||want|| over all elements, in float64."""
-    want = want.double()
-    return float((got.double() - want).norm() / want.norm().clamp_min(1e-300))
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm().clamp_min(1e-300))
 
 
 def cpu_name() -> str:
@@ -121,7 +181,9 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor() or platform.machine())
+    return next(
+        (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor() or platform.machine()
+    )
 
 
 def cpu_machine() -> dict:
@@ -153,7 +215,7 @@ def result_row(group: str, row: str, timing: Timing, **extra) -> dict:
 def write_results(path: Path | str, rows: list[dict], machine: dict, versions: dict) -> None:
     """Writes rows to a results file. Groups measured again replace those of the file; its other groups stay.
 
-    Groups that another machine or other versions measured can't share a file with the new ones: they are dropped, with a warning.
+    Groups that another machine or other versions measured can't share a file with the new ones: a warning, and they go.
     """
     path = Path(path)
     kept = []
@@ -161,7 +223,9 @@ def write_results(path: Path | str, rows: list[dict], machine: dict, versions: d
         old = read_results(path)
         measured = {r["group"] for r in rows}
         kept = [r for r in old["rows"] if r["group"] not in measured]
-        same = all(old["machine"].get(k) == machine.get(k) for k in ("device", "isa", "threads")) and old["versions"] == versions
+        same = (
+            all(old["machine"].get(k) == machine.get(k) for k in ("device", "isa", "threads")) and old["versions"] == versions
+        )
         if kept and not same:
             warnings.warn(f"{path.name}: dropped {len(kept)} rows of another machine or other versions", stacklevel=2)
             kept = []
@@ -186,7 +250,9 @@ def read_results(path: Path | str) -> dict:
     for row in data["rows"]:
         missing = {"group", "row", "seconds_min", "seconds_median"} - row.keys()
         if missing:
-            raise ValueError(f"{path}: every row must have group, row, seconds_min and seconds_median; {row} lacks {', '.join(missing)}")
+            raise ValueError(
+                f"{path}: every row must have group, row, seconds_min and seconds_median; {row} lacks {', '.join(missing)}"
+            )
     return data
 
 

@@ -30,7 +30,8 @@ if(MLCORE_HAS_CUDA AND cuda_sources)
   add_library(mlcore_cuda SHARED ${cuda_sources} csrc/core/status.cc)
   target_include_directories(mlcore_cuda PRIVATE
     "${PROJECT_SOURCE_DIR}/csrc" "${PROJECT_SOURCE_DIR}/csrc/include" "${PROJECT_SOURCE_DIR}/kernels" "${PROJECT_BINARY_DIR}/include")
-  target_compile_options(mlcore_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -O3>)
+  # The declarations are included first, so that a kernel whose parameters differ from its CPU sibling's doesn't compile.
+  target_compile_options(mlcore_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;SHELL:-include mlcore/cuda.h>")
   set_target_properties(mlcore_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
   if(MLCORE_PYTHON)
     pybind11_add_module(_cuda NO_EXTRAS csrc/python/bind_cuda.cc csrc/python/tensor_caster.cc)

@@ -30,8 +30,8 @@ def environment(home: Path, *, site_packages: list[str]) -> Path:
 
 
 def here() -> list[str]:
-    """The site-packages of the running Python."""
-    return sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    """The site-packages folders that the running Python reads."""
+    return [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
 
 
 def build(name: str, defines: list[str]) -> Path:

@@ -1,13 +1,28 @@
 #include "core/parallel.h"
 
 #include <omp.h>
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
 
 namespace mlcore {
+namespace {
 
-int num_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+// libgomp's pool doesn't survive a fork: a child that opened a parallel region would wait for ever for the parent's threads.
+std::atomic<bool> in_forked_child{false};
+#if !defined(_WIN32)
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true); });
+#endif
+
+}  // namespace
+
+int num_threads() {
+  if (omp_in_parallel() || in_forked_child.load(std::memory_order_relaxed)) return 1;
+  return omp_get_max_threads();
+}
 
 namespace detail {
 

@@ -37,7 +37,9 @@ struct RowArgs {
   // A weight, a bias or the gradient of one: of the main dtype or float32.
   RowVector vector(const Tensor& t) const {
     if (!t.present()) return {nullptr, dtype};
-    t.on(device).dtype_in({dtype, Dtype::f32}).shape_is({cols}, "(C)").contiguous();
+    (dtype == Dtype::f32 ? t.on(device).dtype_in({dtype}) : t.on(device).dtype_in({dtype, Dtype::f32}))
+        .shape_is({cols}, "(C)")
+        .contiguous();
     return {t.raw(), t.dtype()};
   }
 

@@ -71,8 +71,9 @@ class Tensor {
   void* raw() const { return data<void>(); }
 
   const Tensor& on(DLDeviceType device) const {
-    require(given().device.device_type == device, op_, ": ", name_, " must be on ", device == kDLCPU ? "the CPU" : "a CUDA device",
-            "; got DLPack device type ", static_cast<int>(t_->device.device_type));
+    const DLDeviceType got = given().device.device_type;
+    require(got == device, op_, ": ", name_, " must be on ", device == kDLCPU ? "the CPU" : "a CUDA device",
+            "; got DLPack device type ", static_cast<int>(got));
     return *this;
   }
   const Tensor& dtype_in(std::initializer_list<Dtype> allowed) const {
@@ -94,19 +95,20 @@ class Tensor {
     return *this;
   }
   const Tensor& rank_is(int n, const char* layout) const {
-    require(given().ndim == n, op_, ": ", name_, " must be ", layout, "; got shape ", shape_text());
+    if (given().ndim != n) fail(MLC_INVALID_ARGUMENT, op_, ": ", name_, " must be ", layout, "; got shape ", shape_text());
     return *this;
   }
   const Tensor& last_dim_contiguous() const {
-    require(given().ndim > 0 && (size(-1) <= 1 || stride(-1) == 1), op_, ": ", name_,
-            " must be contiguous in its last dimension; got stride ", t_->ndim > 0 ? stride(-1) : 0);
+    const int rank = given().ndim;
+    require(rank > 0 && (numel_ == 0 || size(-1) == 1 || stride(-1) == 1), op_, ": ", name_,
+            " must be contiguous in its last dimension; got stride ", rank > 0 ? stride(-1) : 0);
     return *this;
   }
   const Tensor& contiguous() const {
     int64_t compact = 1;
     for (int i = given().ndim - 1; i >= 0; --i) {
-      require(numel_ == 0 || size(i) == 1 || stride(i) == compact, op_, ": ", name_, " must be contiguous; got strides ",
-              list_of(strides_, strides_ + t_->ndim));
+      if (numel_ > 0 && size(i) != 1 && stride(i) != compact)
+        fail(MLC_INVALID_ARGUMENT, op_, ": ", name_, " must be contiguous; got strides ", list_of(strides_, strides_ + t_->ndim));
       compact *= size(i);
     }
     return *this;

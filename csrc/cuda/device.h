@@ -6,8 +6,8 @@
 #include <cuda_runtime.h>
 
 // name points to the launch's dynamic shared memory, aligned to 128 bytes. Once a kernel.
-#define MLC_DYNAMIC_SMEM(type, name)                                      \
-  extern __shared__ __align__(128) unsigned char mlc_dynamic_smem[];      \
+#define MLC_DYNAMIC_SMEM(type, name)                                 \
+  extern __shared__ __align__(128) unsigned char mlc_dynamic_smem[]; \
   type* const name = reinterpret_cast<type*>(mlc_dynamic_smem)
 #else
 #include "cuda/emu.h"

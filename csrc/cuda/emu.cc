@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/status.h"
@@ -58,9 +59,9 @@ struct Range {
 
 struct Block {
   std::vector<Fiber> fibers;
-  std::vector<unsigned> runnable;
+  std::vector<unsigned> live_lanes, runnable_lanes;  // by warp
+  std::vector<unsigned> order;                       // of warps: the first that can run does
   unsigned running = 0, live = 0, in_barrier = 0;
-  std::vector<unsigned> live_lanes;  // by warp
 };
 
 uint64_t seed_state = [] {
@@ -100,7 +101,30 @@ void set_fault(const std::string& text) {
 
 void make_runnable(unsigned i) {
   block.fibers[i].state = State::runnable;
-  block.runnable.push_back(i);
+  block.runnable_lanes[i / 32] |= 1u << i % 32;
+}
+
+template <class T>
+void shuffle(std::vector<T>& v) {
+  for (size_t i = v.size(); i > 1; --i) std::swap(v[i - 1], v[random_bits() % i]);
+}
+
+// Chooses the next fiber: any lane of the first warp in the order that can run. The order changes with every choice in a fair
+// block and seldom in the others, where some warps get as far ahead as barriers let them: that is what finds a missing one
+// (the priorities of Burckhardt et al. 2010, "A randomized scheduler with probabilistic guarantees of finding bugs").
+bool choose(bool fair) {
+  std::vector<unsigned>& order = block.order;
+  if (fair || random_bits() % 128 == 0) std::swap(order[0], order[random_bits() % order.size()]);
+  for (const unsigned warp : order) {
+    unsigned& lanes = block.runnable_lanes[warp];
+    if (lanes == 0) continue;
+    const unsigned from = random_bits() % 32, at_or_after = lanes >> from << from;
+    const unsigned lane = static_cast<unsigned>(__builtin_ctz(at_or_after ? at_or_after : lanes));
+    lanes &= ~(1u << lane);
+    block.running = warp * 32 + lane;
+    return true;
+  }
+  return false;
 }
 
 void wait_here(State state, const char* name, Where where) {
@@ -123,7 +147,8 @@ void try_barrier() {
     if (f.state != State::in_barrier) continue;
     if (first == nullptr) first = &f;
     if (f.where.line != first->where.line || std::strcmp(f.where.file, first->where.file) != 0)
-      return set_fault("divergent barrier: " + name_of(*first) + " is in " + place_of(*first) + ", " + name_of(f) + " in " + place_of(f));
+      return set_fault("divergent barrier: " + name_of(*first) + " is in " + place_of(*first) + ", " + name_of(f) + " in " +
+                       place_of(f));
   }
   block.in_barrier = 0;
   for (unsigned i = 0; i < block.fibers.size(); ++i)
@@ -139,8 +164,8 @@ void try_warp(const Fiber& asker) {
     const Fiber& f = block.fibers[first + lane];
     if (f.state != State::in_warp) return;
     if (f.complete != asker.complete || f.mask != asker.mask || std::strcmp(f.name, asker.name) != 0)
-      return set_fault("divergent warp: " + name_of(asker) + " is in " + place_of(asker) + ", " + name_of(f) + " in " + place_of(f) +
-                       (f.mask != asker.mask ? " with another mask" : ""));
+      return set_fault("divergent warp: " + name_of(asker) + " is in " + place_of(asker) + ", " + name_of(f) + " in " +
+                       place_of(f) + (f.mask != asker.mask ? " with another mask" : ""));
     payload[lane] = f.payload;
   }
   asker.complete(payload, lanes);
@@ -183,11 +208,15 @@ std::string deadlock_text() {
 
 void run_block(dim3 size) {
   const unsigned threads = size.x * size.y * size.z;
+  const unsigned warps = (threads + 31) / 32;
   block.fibers.resize(threads);
-  block.runnable.clear();
   block.live = threads;
   block.in_barrier = 0;
-  block.live_lanes.assign((threads + 31) / 32, 0);
+  block.live_lanes.assign(warps, 0);
+  block.runnable_lanes.assign(warps, 0);
+  block.order.resize(warps);
+  for (unsigned w = 0; w < warps; ++w) block.order[w] = w;
+  shuffle(block.order);
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& f = block.fibers[i];
     f.context.start(stacks.get(i), fiber_main);
@@ -199,11 +228,8 @@ void run_block(dim3 size) {
     block.live_lanes[f.warp] |= 1u << f.lane;
     make_runnable(i);
   }
-  while (!block.runnable.empty() && fault_text.empty()) {
-    const size_t pick = random_bits() % block.runnable.size();
-    block.running = block.runnable[pick];
-    block.runnable[pick] = block.runnable.back();
-    block.runnable.pop_back();
+  const bool fair = random_bits() & 1;
+  while (fault_text.empty() && choose(fair)) {
     Fiber& f = running();
     now.thread_idx = f.thread_idx;
     now.lane = f.lane;
@@ -302,7 +328,8 @@ void check_shared(const char* what, const void* p, size_t bytes, size_t alignmen
 
 void copy_async(void* shared, const void* global, int bytes, int global_bytes) {
   check_shared("cp_async", shared, static_cast<size_t>(bytes), static_cast<size_t>(bytes));
-  if (reinterpret_cast<uintptr_t>(global) % static_cast<unsigned>(bytes)) fault("cp_async: global address %p is no multiple of %d", global, bytes);
+  if (reinterpret_cast<uintptr_t>(global) % static_cast<unsigned>(bytes))
+    fault("cp_async: global address %p is no multiple of %d", global, bytes);
   if (global_bytes < 0 || global_bytes > bytes) fault("cp_async: source size %d is outside [0, %d]", global_bytes, bytes);
   const Copy copy{static_cast<char*>(shared), static_cast<const char*>(global), bytes, global_bytes, running().groups};
   if (random_bits() & 1)
@@ -320,13 +347,14 @@ void copy_async_wait(int groups_left) {
   f.copies.erase(f.copies.begin(), f.copies.begin() + static_cast<std::ptrdiff_t>(done));
 }
 
-void launch(const char* name, dim3 grid, dim3 size, size_t dynamic_smem, const void* anchor, void (*body)(void*), void* context) {
+void launch(const char* name, dim3 grid, dim3 size, size_t dynamic_smem, const void* anchor, void (*body)(void*),
+            void* context) {
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, threads = uint64_t{size.x} * size.y * size.z;
   if (blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || threads == 0 || threads > 1024 || size.z > 64)
-    fail(MLC_RUNTIME_ERROR, "emulated ", name, ": invalid configuration: grid (", grid.x, ",", grid.y, ",", grid.z, "), block (", size.x,
-         ",", size.y, ",", size.z, ")");
-  require(dynamic_smem <= kMaxSharedBytes, "emulated ", name, ": ", dynamic_smem, " bytes of shared memory; a block has at most ",
-          kMaxSharedBytes);
+    fail(MLC_RUNTIME_ERROR, "emulated ", name, ": invalid configuration: grid (", grid.x, ",", grid.y, ",", grid.z,
+         "), block (", size.x, ",", size.y, ",", size.z, ")");
+  require(dynamic_smem <= kMaxSharedBytes, "emulated ", name, ": ", dynamic_smem,
+          " bytes of shared memory; a block has at most ", kMaxSharedBytes);
   const std::lock_guard<std::mutex> lock(launch_mutex);
   kernel_name = name;
   kernel_body = body;
@@ -337,11 +365,8 @@ void launch(const char* name, dim3 grid, dim3 size, size_t dynamic_smem, const v
   static_shared = tls_block_of(anchor);
   prepare_shared(dynamic_smem);
   std::vector<uint64_t> order(blocks);
-  for (uint64_t i = 0; i < blocks; ++i) {
-    const uint64_t j = random_bits() % (i + 1);
-    order[i] = order[j];
-    order[j] = i;
-  }
+  for (uint64_t i = 0; i < blocks; ++i) order[i] = i;
+  shuffle(order);
   for (const uint64_t b : order) {
     now.block_idx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                      static_cast<unsigned>(b / (uint64_t{grid.x} * grid.y))};

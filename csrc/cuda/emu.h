@@ -79,7 +79,8 @@ void copy_async_wait(int groups_left);
 void check_shared(const char* what, const void* p, size_t bytes, size_t alignment);
 
 // anchor: a thread-local variable of the library that holds the kernel. Throws mlcore::Error on a fault.
-void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_smem, const void* anchor, void (*body)(void*), void* context);
+void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_smem, const void* anchor, void (*body)(void*),
+            void* context);
 
 template <class Payload, void (*kComplete)(Payload* const (&)[32], unsigned)>
 void warp_meet(const char* name, unsigned mask, Payload& payload, Where where) {
@@ -208,9 +209,9 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, MLC_EMU
   return mlcore::emu::shuffle("__shfl_up_sync", mask, value, lane >= first + delta ? lane - delta : lane, {file, line});
 }
 
-#define MLC_EMU_REDUCE(function, type, op)                                                              \
-  inline type function(unsigned mask, type value, MLC_EMU_HERE) {                                       \
-    return mlcore::emu::reduction<type, mlcore::emu::op<type>>(#function, mask, value, {file, line});   \
+#define MLC_EMU_REDUCE(function, type, op)                                                            \
+  inline type function(unsigned mask, type value, MLC_EMU_HERE) {                                     \
+    return mlcore::emu::reduction<type, mlcore::emu::op<type>>(#function, mask, value, {file, line}); \
   }
 MLC_EMU_REDUCE(__reduce_add_sync, int, op_add)
 MLC_EMU_REDUCE(__reduce_add_sync, unsigned, op_add)

@@ -44,7 +44,8 @@ inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 4; ++i) c += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
   return c;
 }
-// Byte i of the result is byte (selector nibble i) of the eight bytes b:a; nibbles above 7 replicate a sign and aren't emulated.
+// Byte i of the result is byte (selector nibble i) of the eight bytes b:a; nibbles above 7 replicate a sign and aren't
+// emulated.
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const uint64_t bytes = uint64_t{b} << 32 | a;
   unsigned result = 0;

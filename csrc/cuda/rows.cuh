@@ -12,7 +12,9 @@
 
 namespace mlcore::cuda {
 
-constexpr int kMaxRowThreads = 512;  // 128 registers a thread remain
+// Row kernels are __launch_bounds__(kMaxRowThreads, 1): 128 registers a thread. Without the 1 the compiler aims at 64 and
+// spills.
+constexpr int kMaxRowThreads = 512;
 
 // (threads a row, rows) of a block of at least block_threads. A thread keeps `packs` packs of `width` elements in registers;
 // where even kMaxRowThreads threads can't keep a row, the columns beyond are read twice.
@@ -51,8 +53,8 @@ void with_type_and_width(Dtype dtype, Packable&& packable, Body&& body) {
   }
 }
 
-// body(k, c) for every pack of V columns that this thread owns, c its first column. k < N is known at compile time and may index
-// registers; the packs that aren't kept have k = N.
+// body(k, c) for every pack of V columns that this thread owns, c its first column. k < N is known at compile time and may
+// index registers; the packs that aren't kept have k = N.
 template <int N, int V, class F>
 MLC_DEVICE void for_packs(int cols, F&& body) {
 #pragma unroll
@@ -187,10 +189,13 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows) sum_partials(const floa
 inline void launch_sum_partials(const float* partial, int64_t count, int64_t cols, const RowVector& out, void* stream) {
   if (out.data == nullptr || cols == 0) return;
   const dim3 grid(static_cast<unsigned>((cols + kSumColumns - 1) / kSumColumns)), block(kSumColumns, kSumRows);
-  with_type_and_width(out.dtype, [](auto) { return false; }, [&](auto t, auto) {
-    using T = decltype(t);
-    MLC_LAUNCH(sum_partials<T>, grid, block, 0, stream, partial, static_cast<int>(count), static_cast<int>(cols), static_cast<T*>(out.data));
-  });
+  with_type_and_width(
+      out.dtype, [](auto) { return false; },
+      [&](auto t, auto) {
+        using T = decltype(t);
+        MLC_LAUNCH(sum_partials<T>, grid, block, 0, stream, partial, static_cast<int>(count), static_cast<int>(cols),
+                   static_cast<T*>(out.data));
+      });
 }
 
 // The launch shape of a pass over rows: columns fit an int, row blocks the grid.

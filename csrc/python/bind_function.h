@@ -1,6 +1,7 @@
 // bind<&mlc_f>(module, "f"): a C API function as a Python function. DLTensor pointers become tensors (None is NULL), the
 // status becomes an exception, and the GIL is released while it runs. bind_on_stream is for functions whose last parameter
 // is a stream: Python doesn't pass it, it is the one that torch works on now for the first tensor's device.
+// For::launchers binds without the checks that the dispatcher or the launcher has already made (see TensorArg::load).
 #pragma once
 #include <tuple>
 #include <type_traits>
@@ -8,6 +9,9 @@
 #include "python/tensor_caster.h"
 
 namespace mlcore::python {
+
+enum class For { anyone, launchers };
+
 namespace detail {
 
 inline void raise(int status) {
@@ -25,7 +29,7 @@ template <class T>
 struct Param {
   using Python = T;
   T value;
-  void load(T v, const char*, int) { value = v; }
+  void load(T v, const char*, int, For) { value = v; }
   T get() { return value; }
   bool stream(void**) { return false; }
 };
@@ -34,9 +38,9 @@ struct Param<const DLTensor*> {
   using Python = py::handle;
   TensorArg value;
   py::handle source;
-  void load(py::handle v, const char* function, int index) {
+  void load(py::handle v, const char* function, int index, For caller) {
     source = v;
-    value.load(v, function, index);
+    value.load(v, function, index, caller == For::anyone);
   }
   const DLTensor* get() { return value.get(); }
   bool stream(void** out) {  // false where the argument was left out
@@ -52,10 +56,11 @@ struct Param<DLTensor*> : Param<const DLTensor*> {
 
 // Tuple: the types of the parameters that Python passes, the first sizeof...(I) of F's.
 template <auto F, bool kOnStream, class Tuple, size_t... I>
-void bind_impl(py::module_& m, const char* name, std::index_sequence<I...>) {
-  m.def(name, [name](typename Param<std::tuple_element_t<I, Tuple>>::Python... args) {
+void bind_impl(py::module_& m, const char* name, For caller, std::index_sequence<I...>) {
+  m.def(name, [name, caller](typename Param<std::tuple_element_t<I, Tuple>>::Python... args) {
     std::tuple<Param<std::tuple_element_t<I, Tuple>>...> params;
-    (std::get<I>(params).load(args, name, static_cast<int>(I)), ...);
+    (std::get<I>(params).load(args, name, static_cast<int>(I), caller), ...);
+    adopt_thread_count();
     int status;
     if constexpr (kOnStream) {
       void* stream = nullptr;
@@ -71,28 +76,28 @@ void bind_impl(py::module_& m, const char* name, std::index_sequence<I...>) {
 }
 
 template <auto F, class... Args>
-void bind_all(py::module_& m, const char* name, int (*)(Args...)) {
-  bind_impl<F, false, std::tuple<Args...>>(m, name, std::index_sequence_for<Args...>{});
+void bind_all(py::module_& m, const char* name, For caller, int (*)(Args...)) {
+  bind_impl<F, false, std::tuple<Args...>>(m, name, caller, std::index_sequence_for<Args...>{});
 }
 
 template <auto F, class... Args>
-void bind_all_but_stream(py::module_& m, const char* name, int (*)(Args...)) {
+void bind_all_but_stream(py::module_& m, const char* name, For caller, int (*)(Args...)) {
   using Tuple = std::tuple<Args...>;
   constexpr size_t kLast = sizeof...(Args) - 1;
   static_assert(std::is_same_v<std::tuple_element_t<kLast, Tuple>, void*>, "the last parameter must be void* stream");
-  bind_impl<F, true, Tuple>(m, name, std::make_index_sequence<kLast>{});
+  bind_impl<F, true, Tuple>(m, name, caller, std::make_index_sequence<kLast>{});
 }
 
 }  // namespace detail
 
 template <auto F>
-void bind(py::module_& m, const char* name) {
-  detail::bind_all<F>(m, name, F);
+void bind(py::module_& m, const char* name, For caller) {
+  detail::bind_all<F>(m, name, caller, F);
 }
 
 template <auto F>
-void bind_on_stream(py::module_& m, const char* name) {
-  detail::bind_all_but_stream<F>(m, name, F);
+void bind_on_stream(py::module_& m, const char* name, For caller) {
+  detail::bind_all_but_stream<F>(m, name, caller, F);
 }
 
 }  // namespace mlcore::python

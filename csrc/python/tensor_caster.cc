@@ -94,14 +94,20 @@ DLDataType dtype_by_name(const std::string& name) {
 
 }  // namespace
 
-void TensorArg::load(py::handle source, const char* function, int index) {
+void TensorArg::load(py::handle source, const char* function, int index, bool check_lazy_state) {
   if (source.is_none()) return;
   const TypeEntry& entry = entry_of(source, function, index);
-  if (entry.is_torch) refuse_lazy_state(source, function, index);
-  if (entry.api == nullptr || pointer_path_forced) {
-    load_by_pointer(source, function, index);
-  } else if (entry.api->dltensor_from_py_object_no_sync(source.ptr(), &tensor_) != 0) {
-    throw py::error_already_set();  // meta, sparse and vmap tensors refuse themselves
+  try {
+    if (check_lazy_state && entry.is_torch) refuse_lazy_state(source, function, index);
+    if (entry.api == nullptr || pointer_path_forced) {
+      load_by_pointer(source, function, index);
+    } else if (entry.api->dltensor_from_py_object_no_sync(source.ptr(), &tensor_) != 0) {
+      throw py::error_already_set();
+    }
+  } catch (py::error_already_set& e) {  // meta, sparse and vmap tensors refuse themselves, in many lines
+    if (!e.matches(PyExc_Exception)) throw;
+    const std::string text = py::str(e.value());
+    type_error(function, index, "can't be read: " + text.substr(0, text.find('\n')));
   }
   if (tensor_.data == nullptr) {  // fake tensors pass the exchange API with a shape and no memory
     int64_t numel = 1;
@@ -142,6 +148,13 @@ void* current_stream(py::handle tensor, const DLDevice& device) {
   }
   const py::object current = py::module_::import("torch").attr("cuda").attr("current_stream")(device.device_id);
   return reinterpret_cast<void*>(current.attr("cuda_stream").cast<uintptr_t>());
+}
+
+void adopt_thread_count() {
+  static thread_local bool adopted = false;
+  if (adopted) return;
+  adopted = true;
+  py::module_::import("torch").attr("get_num_threads")();
 }
 
 void force_pointer_path(bool on) { pointer_path_forced = on; }

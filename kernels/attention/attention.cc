@@ -110,16 +110,18 @@ AttentionProblem make_problem(const Args& a) {
   return p;
 }
 
-void check_rows_of_queries(const Tensor& t, const AttentionProblem& p) {
-  t.on(kDLCPU).dtype_in({Dtype::f32}).shape_is({p.B, p.H, p.Tq}, "(B, H, Tq)").contiguous();
+void set_lse(AttentionProblem& p, const Tensor& lse) {
+  lse.on(kDLCPU).dtype_in({Dtype::f32}).shape_is({2, p.B, p.H, p.Tq}, "(2, B, H, Tq)").contiguous();
+  p.lse = lse.data<float>();
+  p.lse_factor = p.lse + p.B * p.H * p.Tq;
 }
 
 void fwd(const Args& a, const DLTensor* o_, const DLTensor* lse_) {
   AttentionProblem p = make_problem(a);
   const Tensor o(o_, kOp, "o"), lse(lse_, kOp, "lse");
   o.on(kDLCPU).dtype_in({p.dtype}).shape_is({p.B, p.H, p.Tq, p.Dv}, "(B, H, Tq, Dv)");
-  check_rows_of_queries(lse, p);
-  p.o = operand(o), p.lse = lse.data<float>();
+  set_lse(p, lse);
+  p.o = operand(o);
   if (o.numel() == 0 && lse.numel() == 0) return;
 
   const AttentionKernels& kernels = attention_kernels_now();
@@ -211,12 +213,12 @@ void bwd(const Args& a, const DLTensor* o_, const DLTensor* lse_, const DLTensor
       dk(dk_, kOp, "dk"), dv(dv_, kOp, "dv"), dbias(dbias_, kOp, "dbias");
   o.on(kDLCPU).dtype_in({p.dtype}).shape_is({p.B, p.H, p.Tq, p.Dv}, "(B, H, Tq, Dv)");
   d_o.on(kDLCPU).dtype_in({p.dtype}).shape_is({p.B, p.H, p.Tq, p.Dv}, "(B, H, Tq, Dv)");
-  check_rows_of_queries(lse, p);
-  if (d_lse.present()) check_rows_of_queries(d_lse, p);
+  set_lse(p, lse);
+  if (d_lse.present()) d_lse.on(kDLCPU).dtype_in({Dtype::f32}).shape_is({p.B, p.H, p.Tq}, "(B, H, Tq)").contiguous();
   dq.on(kDLCPU).dtype_in({p.dtype}).shape_is({p.B, p.H, p.Tq, p.D}, "(B, H, Tq, D)");
   dk.on(kDLCPU).dtype_in({p.dtype}).shape_is({p.B, p.Hkv, p.Tk, p.D}, "(B, Hkv, Tk, D)");
   dv.on(kDLCPU).dtype_in({p.dtype}).shape_is({p.B, p.Hkv, p.Tk, p.Dv}, "(B, Hkv, Tk, Dv)");
-  p.o = operand(o), p.d_o = operand(d_o), p.lse = lse.data<float>();
+  p.o = operand(o), p.d_o = operand(d_o);
   p.dq = operand(dq), p.dk = operand(dk), p.dv = operand(dv);
   bool bias_shared_b = false, bias_shared_h = false;
   if (dbias.present()) {

@@ -2,10 +2,11 @@
 //   s[b,h,i,j] = scale * <q[b,h,i,:], k[b,g,j,:]>,  g = h / (H / Hkv);  with a softcap s = softcap * tanh(s / softcap)
 //   p[b,h,i,:] = softmax over the seen keys j of (s + bias)[b,h,i,j]
 //   o[b,h,i,:] = sum_j keep[b,h,i,j] / (1 - dropout_p) * p[b,h,i,j] * v[b,g,j,:]
-//   lse[b,h,i] = log sum_j exp(s + bias)[b,h,i,j]                      (fp32, natural logarithm)
-// A query that sees no key has o = 0, lse = -inf and no gradient. What keys hold that a query doesn't see never reaches it.
+//   lse[0,b,h,i] = log sum_j exp(s + bias)[b,h,i,j]                    (natural logarithm)
+// A query that sees no key has o = 0, lse[0] = -inf and no gradient. What keys hold that a query doesn't see never reaches it.
 //   q, o : (B, H, Tq, D), (B, H, Tq, Dv)     k, v : (B, Hkv, Tk, D), (B, Hkv, Tk, Dv), Hkv divides H; float32, bfloat16, float16
-//   bias : (B|1, H|1, Tq|1, Tk|1), any of the three dtypes, NULL is none        lse : (B, H, Tq)
+//   bias : (B|1, H|1, Tq|1, Tk|1), any of the three dtypes, NULL is none
+//   lse : (2, B, H, Tq) fp32: lse[0] as above, lse[1] what its rounding lost: p = exp(s + bias - lse[0]) * lse[1]
 // The last dimension of q, k, v, o is contiguous; other strides are free. Sums are fp32.
 //
 // Who sees whom: query i sees key j where i + offset - left <= j <= i + offset + right (negative left or right: no limit),
@@ -25,7 +26,7 @@ MLC_API int mlc_attention_fwd(const DLTensor* q, const DLTensor* k, const DLTens
                               const DLTensor* bits, int64_t set_b, int64_t set_h, double scale, double softcap, double dropout_p,
                               int64_t seed, DLTensor* o, DLTensor* lse);
 
-// Gradients of sum(o * d_o) + sum(lse * d_lse). d_lse may be NULL; dbias (fp32, bias's shape, contiguous, zeroed) may be NULL.
+// Gradients of sum(o * d_o) + sum(lse[0] * d_lse). d_lse (B, H, Tq) may be NULL; dbias (fp32, bias's shape, contiguous, zeroed) may be NULL.
 // dbias's last dimension must be Tk: of a bias that is the same for all keys the gradient is the sum of d_lse.
 // dq, dk, dv: dtypes and shapes of q, k, v, contiguous in the last dimension.
 MLC_API int mlc_attention_bwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, int64_t left,

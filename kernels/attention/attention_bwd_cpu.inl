@@ -1,6 +1,6 @@
 // The backward over a block of key tiles: five products a tile, scores recomputed from lse. Each block owns its dk and dv;
 // dq is added to tile by tile in rising order of keys (DqOrder), so its bits don't depend on who computes what when.
-//   p = exp(s - lse)    dp = v do^T    ds = p * (dp - delta)    dv += p do    dk += scale * ds q    dq += scale * ds k
+//   p = exp(s - lse) * factor    dp = v do^T    ds = p * (dp - delta)    dv += p do    dk += scale * ds q    dq += scale * ds k
 #include <math.h>
 
 #include "attention/attention_tile.h"
@@ -10,7 +10,7 @@ namespace {
 
 struct BwdScratch {
   float *kt, *k, *vt, *dk, *dv;          // per key tile of the block
-  float *qt, *q, *dot, *d_o, *lse, *delta;  // one query tile
+  float *qt, *q, *dot, *d_o, *lse, *factor, *delta;  // one query tile
   float *pt, *dst, *bias, *raw;          // one tile
   uint32_t* drop_keys;
   uint8_t* k_finite;
@@ -29,7 +29,7 @@ struct BwdScratch {
     kt = take(tiles * p.D * kTile), k = take(tiles * kTile * D), vt = take(tiles * p.Dv * kTile);
     dk = take(tiles * kTile * D), dv = take(tiles * kTile * Dv);
     qt = take(p.D * kTile), q = take(kTile * D), dot = take(p.Dv * kTile), d_o = take(kTile * Dv);
-    lse = take(kTile), delta = take(kTile);
+    lse = take(kTile), factor = take(kTile), delta = take(kTile);
     pt = take(kTile * kTile), dst = take(kTile * kTile), bias = take(kTile * kTile), raw = take(kTile * kTile);
     drop_keys = reinterpret_cast<uint32_t*>(take(kTile));
     k_finite = reinterpret_cast<uint8_t*>(take(tiles));
@@ -94,21 +94,23 @@ void add_dbias(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, int6
     }
 }
 
-// What a query tile brings: q and do in both orders, lse in log2 units and delta. Lanes beyond the last query give p = 0.
+// What a query tile brings: q and do in both orders, lse in log2 units and delta. The factor that p lacks is in do and delta,
+// where it costs nothing. Lanes beyond the last query give p = 0.
 template <class T>
 void load_queries(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, const BwdScratch& w) {
   const int nq = tile_rows(p.Tq, qt), nq_padded = static_cast<int>(padded(nq));
-  const T *q = row_of<T>(p.q, b, h, qt * kTile), *d_o = row_of<T>(p.d_o, b, h, qt * kTile);
-  pack_transposed(q, p.q.st, nq, p.D, query_scale(p), nq_padded, kPanel, w.qt);
-  pack_rows(q, p.q.st, nq, p.D, 1.0f, w.q);
-  pack_transposed(d_o, p.d_o.st, nq, p.Dv, 1.0f, nq_padded, kPanel, w.dot);
-  pack_rows(d_o, p.d_o.st, nq, p.Dv, 1.0f, w.d_o);
   const int64_t first = (b * p.H + h) * p.Tq + qt * kTile;
   for (int i = 0; i < nq_padded; ++i) {
     const float lse = i < nq ? p.lse[first + i] : INFINITY;
     w.lse[i] = lse == -INFINITY ? 0.0f : lse * kLog2e;
-    w.delta[i] = i < nq ? p.delta[first + i] : 0.0f;
+    w.factor[i] = i < nq ? p.lse_factor[first + i] : 0.0f;
+    w.delta[i] = i < nq ? p.delta[first + i] * w.factor[i] : 0.0f;
   }
+  const T *q = row_of<T>(p.q, b, h, qt * kTile), *d_o = row_of<T>(p.d_o, b, h, qt * kTile);
+  pack_transposed(q, p.q.st, nq, p.D, OneScale{query_scale(p)}, nq_padded, kPanel, w.qt);
+  pack_rows(q, p.q.st, nq, p.D, OneScale{1.0f}, w.q);
+  pack_transposed(d_o, p.d_o.st, nq, p.Dv, RowScale{w.factor}, nq_padded, kPanel, w.dot);
+  pack_rows(d_o, p.d_o.st, nq, p.Dv, RowScale{w.factor}, w.d_o);
   if (p.drop_below || p.drop_all)
     for (int i = 0; i < nq; ++i)
       w.drop_keys[i] = dropout_row_key(p.seed, static_cast<uint32_t>(b * p.H + h), static_cast<uint32_t>(qt * kTile + i));
@@ -130,9 +132,9 @@ void bwd_block(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_beg
   for (int64_t c = 0; c < tiles; ++c) {
     const int nk = tile_rows(p.Tk, kt_begin + c);
     const T *k = row_of<T>(p.k, b, hkv, (kt_begin + c) * kTile), *v = row_of<T>(p.v, b, hkv, (kt_begin + c) * kTile);
-    pack_transposed(k, p.k.st, nk, p.D, 1.0f, kTile, kTile, w.kt + c * p.D * kTile);
-    w.k_finite[c] = pack_rows(k, p.k.st, nk, p.D, p.scale, w.k + c * kTile * D);
-    pack_transposed(v, p.v.st, nk, p.Dv, 1.0f, kTile, kTile, w.vt + c * p.Dv * kTile);
+    pack_transposed(k, p.k.st, nk, p.D, OneScale{1.0f}, kTile, kTile, w.kt + c * p.D * kTile);
+    w.k_finite[c] = pack_rows(k, p.k.st, nk, p.D, OneScale{p.scale}, w.k + c * kTile * D);
+    pack_transposed(v, p.v.st, nk, p.Dv, OneScale{1.0f}, kTile, kTile, w.vt + c * p.Dv * kTile);
   }
   memset(w.dk, 0, sizeof(float) * static_cast<size_t>(tiles * kTile * D));
   memset(w.dv, 0, sizeof(float) * static_cast<size_t>(tiles * kTile * Dv));

@@ -49,12 +49,18 @@ void softmax_tile(const TileExtras& x, int nk, int nq_padded, bool first, FwdScr
       m = max(m, s);
     }
     const Vec top = max(lowest, m), alpha = exp2(m_old - top);
-    Vec total = Vec::zero();
-    for (int j = 0; j < nk; ++j) {
+    // Four sums, and one a tile: a single chain over all keys would lose more than the rest of the kernel together.
+    Vec sums[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+    const auto weight = [&](int j) {
       const Vec p = exp2(Vec::load(st + j * kTile) - top);
-      total = total + p;
       p.store(st + j * kTile);
-    }
+      return p;
+    };
+    int j = 0;
+    for (; j + 4 <= nk; j += 4)
+      for (int x = 0; x < 4; ++x) sums[x] = sums[x] + weight(j + x);
+    for (; j < nk; ++j) sums[0] = sums[0] + weight(j);
+    const Vec total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     m.store(w.m + i);
     (first ? total : fma(Vec::load(w.l + i), alpha, total)).store(w.l + i);
     alpha.store(w.alpha + i);
@@ -83,8 +89,8 @@ void rescale_rows(float* o, int64_t ld, int rows, const float* alpha) {
 template <class T>
 void pack_tile(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt, float* k, float* v, uint8_t* v_finite) {
   const int nk = tile_rows(p.schedule.Tk, kt);
-  pack_transposed(row_of<T>(p.k, b, hkv, kt * kTile), p.k.st, nk, p.D, 1.0f, kTile, kTile, k);
-  *v_finite = pack_rows(row_of<T>(p.v, b, hkv, kt * kTile), p.v.st, nk, p.Dv, 1.0f, v);
+  pack_transposed(row_of<T>(p.k, b, hkv, kt * kTile), p.k.st, nk, p.D, OneScale{1.0f}, kTile, kTile, k);
+  *v_finite = pack_rows(row_of<T>(p.v, b, hkv, kt * kTile), p.v.st, nk, p.Dv, OneScale{1.0f}, v);
 }
 
 template <class T>
@@ -94,11 +100,14 @@ void store_output(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, i
     const int64_t t = qt * kTile + i;
     const float l = any ? w.l[i] : 0.0f;
     const bool empty = l == 0.0f;
-    p.lse[(b * p.H + h) * p.Tq + t] = empty ? -INFINITY : (w.m[i] + log2f(l)) * kLn2;
-    const Vec inverse = Vec::set1(empty ? 0.0f : 1.0f / l);
+    const float inverse = empty ? 0.0f : 1.0f / l;
+    const float lse = empty ? -INFINITY : (w.m[i] + log2f(l)) * kLn2;
+    const int64_t row = (b * p.H + h) * p.Tq + t;
+    p.lse[row] = lse;
+    p.lse_factor[row] = empty ? 1.0f : exp2f(lse * kLog2e - w.m[i]) * inverse;
     T* out = const_cast<T*>(row_of<T>(p.o, b, h, t));
     for_row(p.Dv, [&](int64_t c, int n) {
-      store_some(out + c, empty ? Vec::zero() : Vec::load(w.o + i * ld + c) * inverse, n);
+      store_some(out + c, empty ? Vec::zero() : Vec::load(w.o + i * ld + c) * Vec::set1(inverse), n);
     });
   }
 }
@@ -108,7 +117,7 @@ void fwd_tile(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, const
   FwdScratch w(p, scratch);
   const int64_t ld = padded(p.Dv), hkv = h / p.group();
   const int nq = tile_rows(p.Tq, qt), nq_padded = static_cast<int>(padded(nq));
-  pack_transposed(row_of<T>(p.q, b, h, qt * kTile), p.q.st, nq, p.D, query_scale(p), nq_padded, kPanel, w.qt);
+  pack_transposed(row_of<T>(p.q, b, h, qt * kTile), p.q.st, nq, p.D, OneScale{query_scale(p)}, nq_padded, kPanel, w.qt);
   TileExtras extras;
   extras.softcap = p.softcap;
   if (p.drop_below || p.drop_all) {

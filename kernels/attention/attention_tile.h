@@ -88,10 +88,10 @@ inline void load_bias(const AttentionProblem& p, int64_t b, int64_t h, int64_t q
   with_type(p.bias_dtype, [&](auto tag) {
     using T = decltype(tag);
     const T* src = static_cast<const T*>(p.bias) + start;
-    if (p.bias_sk == 1) return pack_transposed(src, p.bias_sq, nq, nk, kLog2e, kTile, kTile, out);
+    if (p.bias_sk == 1) return pack_transposed(src, p.bias_sq, nq, nk, OneScale{kLog2e}, kTile, kTile, out);
     for (int i = 0; i < nq; ++i)  // the same for all keys
       for (int j = 0; j < nk; ++j) raw[i * kTile + j] = to_float(src[i * p.bias_sq]);
-    pack_transposed(raw, kTile, nq, nk, kLog2e, kTile, kTile, out);
+    pack_transposed(raw, kTile, nq, nk, OneScale{kLog2e}, kTile, kTile, out);
   });
 }
 

@@ -46,35 +46,47 @@ void fwd_rows(const LayerNormFwd& p, int64_t row_begin, int64_t row_end) {
   }
 }
 
+// Rows [r, r + N). Their terms of dweight and dbias are added before they meet the partial sums: a quarter of the traffic, and
+// a shorter chain of additions over many rows.
+template <class T, class TW, int N>
+void bwd_group(const LayerNormBwd& p, int64_t r, float* dweight, float* dbias) {
+  const TW* weight = static_cast<const TW*>(p.weight.data);
+  const T *dy[N], *s[N], *ds[N];  // (N, C)
+  T* dx[N];                       // (N, C)
+  Vec mean[N], rstd[N], mean_g[N], mean_gx[N];
+  const auto xhat = [&](int i, int64_t c, int n) { return (load_some(s[i] + c, n) - mean[i]) * rstd[i]; };
+  const auto times_weight = [&](Vec d, int64_t c, int n) { return weight ? d * load_some(weight + c, n) : d; };
+  for (int i = 0; i < N; ++i) {
+    dy[i] = row<T>(p.dy, r + i), s[i] = row<T>(p.s, r + i), ds[i] = row<T>(p.ds, r + i), dx[i] = row<T>(p.dx, r + i);
+    mean[i] = Vec::set1(p.mean[r + i]), rstd[i] = Vec::set1(p.rstd[r + i]);
+    const auto [g, gx] = sum_row(p.cols, [&](int64_t c, int n) {
+      const Vec v = times_weight(load_some(dy[i] + c, n), c, n);
+      return VecPair{v, v * xhat(i, c, n)};
+    });
+    mean_g[i] = Vec::set1(g / static_cast<float>(p.cols));
+    mean_gx[i] = Vec::set1(gx / static_cast<float>(p.cols));
+  }
+  for_row(p.cols, [&](int64_t c, int n) {
+    Vec weight_terms[N], bias_terms[N];
+    for (int i = 0; i < N; ++i) {
+      const Vec d = load_some(dy[i] + c, n), x = xhat(i, c, n);
+      Vec v = (times_weight(d, c, n) - mean_g[i] - x * mean_gx[i]) * rstd[i];
+      if (ds[i]) v = v + load_some(ds[i] + c, n);
+      store_some(dx[i] + c, v, n);
+      weight_terms[i] = d * x, bias_terms[i] = d;
+    }
+    if (dweight) store_some(dweight + c, load_some(dweight + c, n) + tree_sum(weight_terms), n);
+    if (dbias) store_some(dbias + c, load_some(dbias + c, n) + tree_sum(bias_terms), n);
+  });
+}
+
 template <class T, class TW>
 void bwd_rows(const LayerNormBwd& p, int64_t block, int64_t row_begin, int64_t row_end) {
-  const TW* weight = static_cast<const TW*>(p.weight.data);
   float* dweight = zero_partial(p.weight_partial, block, p.cols);  // (C)
   float* dbias = zero_partial(p.bias_partial, block, p.cols);      // (C)
-  for (int64_t r = row_begin; r < row_end; ++r) {
-    const T *dy = row<T>(p.dy, r), *s = row<T>(p.s, r), *ds = row<T>(p.ds, r);  // (C)
-    T* dx = row<T>(p.dx, r);                                                    // (C)
-    const Vec mean = Vec::set1(p.mean[r]), rstd = Vec::set1(p.rstd[r]);
-    const auto xhat = [&](int64_t c, int n) { return (load_some(s + c, n) - mean) * rstd; };
-    const auto g = [&](int64_t c, int n) {
-      const Vec d = load_some(dy + c, n);
-      return weight ? d * load_some(weight + c, n) : d;
-    };
-    const auto [total_g, total_gx] = sum_row(p.cols, [&](int64_t c, int n) {
-      const Vec v = g(c, n);
-      return VecPair{v, v * xhat(c, n)};
-    });
-    const Vec mean_g = Vec::set1(total_g / static_cast<float>(p.cols));
-    const Vec mean_gx = Vec::set1(total_gx / static_cast<float>(p.cols));
-    for_row(p.cols, [&](int64_t c, int n) {
-      const Vec x = xhat(c, n), d = load_some(dy + c, n);
-      Vec v = (g(c, n) - mean_g - x * mean_gx) * rstd;
-      if (ds) v = v + load_some(ds + c, n);
-      if (dweight) store_some(dweight + c, fma(d, x, load_some(dweight + c, n)), n);
-      if (dbias) store_some(dbias + c, load_some(dbias + c, n) + d, n);
-      store_some(dx + c, v, n);
-    });
-  }
+  int64_t r = row_begin;
+  for (; r + 4 <= row_end; r += 4) bwd_group<T, TW, 4>(p, r, dweight, dbias);
+  for (; r < row_end; ++r) bwd_group<T, TW, 1>(p, r, dweight, dbias);
 }
 
 void fwd(const LayerNormFwd& p, int64_t row_begin, int64_t row_end) {

@@ -12,7 +12,7 @@ constexpr int kFwdThreads = 128, kBwdThreads = 512;  // of a block over short ro
 constexpr int kFwdPacks = 4, kBwdPacks = 2;          // kept by a thread
 
 template <class T, int N, int V>
-__global__ void __launch_bounds__(kMaxRowThreads) rms_norm_fwd(RmsNormFwd p, int64_t rows) {
+__global__ void __launch_bounds__(kMaxRowThreads, 1) rms_norm_fwd(RmsNormFwd p, int64_t rows) {
   __shared__ float scratch[32];
   const int64_t r = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   const bool live = r < rows;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) rms_norm_fwd(RmsNormFwd p, int
 }
 
 template <class T, int N, int V>
-__global__ void __launch_bounds__(kMaxRowThreads) rms_norm_bwd(RmsNormBwd p, int64_t rows) {
+__global__ void __launch_bounds__(kMaxRowThreads, 1) rms_norm_bwd(RmsNormBwd p, int64_t rows) {
   __shared__ float scratch[32];
   const RowRange range(rows);
   const int cols = static_cast<int>(p.cols);
@@ -109,7 +109,9 @@ void fwd(const DLTensor* x_, const DLTensor* residual_, const DLTensor* weight_,
   p.cols = args.cols, p.dtype = args.dtype, p.eps = static_cast<float>(eps);
   if (args.rows == 0) return;
   const DeviceGuard device(x_->device.device_id);
-  const auto packable = [&](auto t) { return can_be_packed<decltype(t)>(p.cols, {p.x, p.residual, p.y, p.s}, {p.weight.data}); };
+  const auto packable = [&](auto t) {
+    return can_be_packed<decltype(t)>(p.cols, {p.x, p.residual, p.y, p.s}, {p.weight.data});
+  };
   with_type_and_width(p.dtype, packable, [&](auto t, auto width) {
     const dim3 block = row_block(p.cols, width, kFwdPacks, kFwdThreads);
     const dim3 grid(static_cast<unsigned>((args.rows + block.y - 1) / block.y));
@@ -119,8 +121,8 @@ void fwd(const DLTensor* x_, const DLTensor* residual_, const DLTensor* weight_,
 
 void bwd(const DLTensor* dy_, const DLTensor* ds_, const DLTensor* s_, const DLTensor* weight_, const DLTensor* rstd_,
          DLTensor* dx_, DLTensor* dweight_, DLTensor* partial_, void* stream) {
-  const Tensor dy(dy_, kOp, "dy"), ds(ds_, kOp, "ds"), s(s_, kOp, "s"), weight(weight_, kOp, "weight"), rstd(rstd_, kOp, "rstd"),
-      dx(dx_, kOp, "dx"), dweight(dweight_, kOp, "dweight"), partial(partial_, kOp, "partial");
+  const Tensor dy(dy_, kOp, "dy"), ds(ds_, kOp, "ds"), s(s_, kOp, "s"), weight(weight_, kOp, "weight"),
+      rstd(rstd_, kOp, "rstd"), dx(dx_, kOp, "dx"), dweight(dweight_, kOp, "dweight"), partial(partial_, kOp, "partial");
   const RowArgs args(s, kDLCUDA);
   check_row_shape(kOp, args);
   RmsNormBwd p{};

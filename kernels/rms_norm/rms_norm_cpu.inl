@@ -26,29 +26,42 @@ void fwd_rows(const RmsNormFwd& p, int64_t row_begin, int64_t row_end) {
   }
 }
 
+// Rows [r, r + N). Their terms of dweight are added before they meet the partial sum: a quarter of the traffic, and a shorter
+// chain of additions over many rows.
+template <class T, class TW, int N>
+void bwd_group(const RmsNormBwd& p, int64_t r, float* dweight) {
+  const TW* weight = static_cast<const TW*>(p.weight.data);
+  const T *dy[N], *s[N], *ds[N];  // (N, C)
+  T* dx[N];                       // (N, C)
+  Vec rstd[N], mean_gx[N];
+  const auto xhat = [&](int i, int64_t c, int n) { return load_some(s[i] + c, n) * rstd[i]; };
+  const auto times_weight = [&](Vec d, int64_t c, int n) { return weight ? d * load_some(weight + c, n) : d; };
+  for (int i = 0; i < N; ++i) {
+    dy[i] = row<T>(p.dy, r + i), s[i] = row<T>(p.s, r + i), ds[i] = row<T>(p.ds, r + i), dx[i] = row<T>(p.dx, r + i);
+    rstd[i] = Vec::set1(p.rstd[r + i]);
+    const float gx =
+        sum_row(p.cols, [&](int64_t c, int n) { return times_weight(load_some(dy[i] + c, n), c, n) * xhat(i, c, n); });
+    mean_gx[i] = Vec::set1(gx / static_cast<float>(p.cols));
+  }
+  for_row(p.cols, [&](int64_t c, int n) {
+    Vec weight_terms[N];
+    for (int i = 0; i < N; ++i) {
+      const Vec d = load_some(dy[i] + c, n), x = xhat(i, c, n);
+      Vec v = (times_weight(d, c, n) - x * mean_gx[i]) * rstd[i];
+      if (ds[i]) v = v + load_some(ds[i] + c, n);
+      store_some(dx[i] + c, v, n);
+      weight_terms[i] = d * x;
+    }
+    if (dweight) store_some(dweight + c, load_some(dweight + c, n) + tree_sum(weight_terms), n);
+  });
+}
+
 template <class T, class TW>
 void bwd_rows(const RmsNormBwd& p, int64_t block, int64_t row_begin, int64_t row_end) {
-  const TW* weight = static_cast<const TW*>(p.weight.data);
   float* dweight = zero_partial(p.partial, block, p.cols);  // (C)
-  for (int64_t r = row_begin; r < row_end; ++r) {
-    const T *dy = row<T>(p.dy, r), *s = row<T>(p.s, r), *ds = row<T>(p.ds, r);  // (C)
-    T* dx = row<T>(p.dx, r);                                                    // (C)
-    const Vec rstd = Vec::set1(p.rstd[r]);
-    const auto xhat = [&](int64_t c, int n) { return load_some(s + c, n) * rstd; };
-    const auto g = [&](int64_t c, int n) {
-      const Vec d = load_some(dy + c, n);
-      return weight ? d * load_some(weight + c, n) : d;
-    };
-    const float total = sum_row(p.cols, [&](int64_t c, int n) { return g(c, n) * xhat(c, n); });
-    const Vec mean_gx = Vec::set1(total / static_cast<float>(p.cols));
-    for_row(p.cols, [&](int64_t c, int n) {
-      const Vec x = xhat(c, n);
-      Vec v = (g(c, n) - x * mean_gx) * rstd;
-      if (ds) v = v + load_some(ds + c, n);
-      if (dweight) store_some(dweight + c, fma(load_some(dy + c, n), x, load_some(dweight + c, n)), n);
-      store_some(dx + c, v, n);
-    });
-  }
+  int64_t r = row_begin;
+  for (; r + 4 <= row_end; r += 4) bwd_group<T, TW, 4>(p, r, dweight);
+  for (; r < row_end; ++r) bwd_group<T, TW, 1>(p, r, dweight);
 }
 
 void fwd(const RmsNormFwd& p, int64_t row_begin, int64_t row_end) {

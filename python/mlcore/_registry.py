@@ -6,9 +6,14 @@ style: setup_context costs 17 us a call). A call with nothing to record goes to 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
+
+from . import _C
+from ._backend import cuda_library
 
 _LIB = torch.library.Library("mlcore", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -72,3 +77,31 @@ def direct(*tensors: torch.Tensor | None) -> bool:
     if _compiling() or _dispatch_modes() or _functorch_level() is not None or _tracing() is not None:
         return False
     return all(t is None or (type(t) in _PLAIN and not t.is_neg()) for t in tensors)
+
+
+_kernels: dict[tuple[str, str, str], Callable] = {}
+
+
+def kernel(op: str, pass_name: str, backend: str) -> Callable:
+    """The function of a kernels.inc row or helper, for a launcher: all backends of a pass take the same arguments."""
+    key = (op, pass_name, backend)
+    found = _kernels.get(key)
+    if found is None:
+        if backend == "triton":
+            found = getattr(importlib.import_module(f"mlcore.kernels.{op}.{op}_triton"), pass_name)
+        else:
+            found = getattr((_C if backend == "cpu" else cuda_library()).launch, f"{op}_{pass_name}")
+        _kernels[key] = found
+    return found
+
+
+def transformed() -> bool:
+    """True where torch.func (vmap, grad, ...), forward-mode AD or torch.jit.trace follows the call: only plain torch ops."""
+    if _compiling():
+        return False
+    return _functorch_level() is not None or forward_ad._current_level >= 0 or _tracing() is not None
+
+
+def create_graph() -> bool:
+    """True in a backward pass that must itself be differentiable."""
+    return torch.is_grad_enabled() and not _compiling()

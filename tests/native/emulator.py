@@ -16,6 +16,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ INCLUDES = [f"-I{ROOT / d}" for d in ("csrc", "csrc/include", "kernels")]
 # bounds and alignment: their reports arrive in emu.cc, so nothing of the sanitizers' runtime is linked.
 FLAGS = ["-x", "c++", "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fsanitize=bounds,alignment"]
 BASE_SOURCES = ("csrc/cuda/emu.cc", "csrc/core/status.cc")
-RED_ZONE = 4096  # bytes before and after each tensor that a kernel must not write
+RED_ZONE = 4096  # bytes before and after a tensor's own
 
 
 class DLTensor(ctypes.Structure):
@@ -57,27 +58,35 @@ def dl_tensor(t: torch.Tensor, data: int) -> DLTensor:
     """t's description with its data at `data`. It says CUDA also in the emulator: launchers check for their own device."""
     dims = ctypes.c_int64 * t.dim()
     kind, index = 2, t.device.index or 0
-    return DLTensor(data, kind, index, t.dim(), _dtype_code(t.dtype), t.element_size() * 8, 1, dims(*t.shape), dims(*t.stride()), 0)
+    return DLTensor(
+        data, kind, index, t.dim(), _dtype_code(t.dtype), t.element_size() * 8, 1, dims(*t.shape), dims(*t.stride()), 0
+    )
 
 
 class _RedZoned:
-    """A copy of a CPU tensor's memory with watched margins of 0xff (NaN in every float type) around it."""
+    """A CPU tensor's elements in memory of their own, with 0xff (NaN in every float type) before, after and between them."""
+
+    _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
     def __init__(self, t: torch.Tensor):
-        self.tensor = t
-        self.size = (sum((n - 1) * s for n, s in zip(t.shape, t.stride())) + 1) * t.element_size() if t.numel() else 0
-        self.buffer = (ctypes.c_ubyte * (self.size + 2 * RED_ZONE + 256))()
-        ctypes.memset(self.buffer, 0xFF, len(self.buffer))
-        start = ctypes.addressof(self.buffer) + RED_ZONE
-        self.data = start + (t.data_ptr() - start) % 256  # keeps the tensor's alignment, good or bad
-        ctypes.memmove(self.data, t.data_ptr(), self.size)
+        bits, size = self._BITS[t.element_size()], t.element_size()
+        distinct = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())  # of an expanded tensor
+        self.tensor = t.view(bits)[distinct]
+        span = (sum((n - 1) * s for n, s in zip(t.shape, t.stride())) + 1) * size if t.numel() else 0
+        self.buffer = torch.full((span + 2 * RED_ZONE + 256,), 0xFF, dtype=torch.uint8)
+        begin = RED_ZONE + (t.data_ptr() - self.buffer.data_ptr() - RED_ZONE) % 256  # keeps the alignment, good or bad
+        inside = self.buffer[begin : begin + span].view(bits)
+        self.copy = inside.as_strided(self.tensor.shape, self.tensor.stride(), inside.storage_offset()) if span else None
+        self.data = self.buffer.data_ptr() + begin
+        if span:
+            self.copy.copy_(self.tensor)
 
     def give_back(self, what: str) -> None:
-        raw = bytes(self.buffer)
-        begin = self.data - ctypes.addressof(self.buffer)
-        if raw[:begin].strip(b"\xff") or raw[begin + self.size :].strip(b"\xff"):
-            raise RuntimeError(f"{what} was written outside its bounds")
-        ctypes.memmove(self.tensor.data_ptr(), self.data, self.size)
+        if self.copy is not None:
+            self.tensor.copy_(self.copy)
+            self.copy.fill_(255 if self.copy.dtype == torch.uint8 else -1)
+        if not bool(self.buffer.eq(0xFF).all()):
+            raise RuntimeError(f"{what} was written outside its elements")
 
 
 class Library:
@@ -93,13 +102,15 @@ class Library:
         self._lib.mlc_emu_set_seed(ctypes.c_uint64(seed))
 
     def call(self, name: str, *args: torch.Tensor | int | float | str | None) -> None:
-        zones, keep, c_args = {}, [], []
+        zones, keep, c_args = {}, [], []  # zones by place: an output may be an input too
         for i, arg in enumerate(args):
             if isinstance(arg, torch.Tensor):
                 data = arg.data_ptr()
                 if self.device == "cpu":
-                    zones[i] = _RedZoned(arg)
-                    data = zones[i].data
+                    place = data, arg.shape, arg.stride()
+                    if place not in zones:
+                        zones[place] = i, _RedZoned(arg)
+                    data = zones[place][1].data
                 keep.append(dl_tensor(arg, data))
                 c_args.append(ctypes.byref(keep[-1]))
             elif isinstance(arg, float):
@@ -112,13 +123,15 @@ class Library:
         if status:
             error = {1: ValueError, 2: NotImplementedError}.get(status, RuntimeError)
             raise error(self._lib.mlc_last_error().decode())
-        for i, zone in zones.items():
+        for i, zone in zones.values():
             zone.give_back(f"{name}: argument {i}")
 
 
 @functools.cache
 def compiler() -> str | None:
-    """The host C++ compiler, or None."""
+    """The host C++ compiler, or None where there is none or the system isn't Linux, whose dl_iterate_phdr emu.cc needs."""
+    if sys.platform != "linux":
+        return None
     return next((path for c in (os.environ.get("CXX"), "g++", "c++", "clang++") if c and (path := shutil.which(c))), None)
 
 
@@ -138,8 +151,9 @@ def _only_one(lock: Path):
 
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode or done.stderr:  # warnings too: the text is also nvcc's
+    if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    print(done.stderr, end="")
 
 
 def _library(name: str, key: str, sources: list[Path], flags: list[str], links: list[str]) -> Path:

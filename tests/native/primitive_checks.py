@@ -113,7 +113,9 @@ def reduce(lib, threads: int) -> None:
 def convert(lib, dtype: torch.dtype) -> None:
     torch.manual_seed(4)
     bits = torch.randint(-(2**31), 2**31 - 1, (4096,), dtype=torch.int64).to(torch.int32)
-    edges = torch.tensor([0.0, -0.0, 1.0, 65504.0, 65519.9, 65520.0, 1e-8, 2.0**-24, 2.0**-25, 3e-8, 6.1e-5, float("inf"), -float("inf")])
+    edges = torch.tensor(
+        [0.0, -0.0, 1.0, 65504.0, 65519.9, 65520.0, 1e-8, 2.0**-24, 2.0**-25, 3e-8, 6.1e-5, float("inf"), -float("inf")]
+    )
     # Every pattern that is half-way between two values of the narrow type, and its neighbours.
     ties = (torch.arange(0, 2**16, 7, dtype=torch.int32) << 16) + 0x8000
     ties16 = (torch.arange(2**18, dtype=torch.int32) << 13) + 0x1000 + (0x38000000 - (1 << 23))

@@ -7,7 +7,7 @@ import primitive_checks as checks
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="the emulator needs Linux and a C++ compiler")
 
 SEEDS = range(6)
 ATTENTION_ERROR = 1.6e-2  # two bfloat16 roundings: of the probabilities and of o
@@ -110,7 +110,7 @@ def test_attention_without_one_synchronisation_is_wrong(attention, left_out):
         ("misaligned", "misaligned"),
         ("copy_to_global", "cp_async: .* is not in shared memory"),
         ("trap", "trap"),
-        ("out_of_bounds_write", "argument 1 was written outside its bounds"),
+        ("out_of_bounds_write", "argument 1 was written outside its elements"),
         ("empty_grid", "invalid configuration"),
         ("large_block", "invalid configuration"),
         ("much_shared", "307200 bytes of shared memory"),
@@ -127,6 +127,11 @@ def test_fault(faults, name, text):
 def test_fault_names_kernel_block_and_thread(faults):
     with pytest.raises(RuntimeError, match=r"^emulated trap: block \(0,0,0\): thread \(0,0,0\): __trap\(\)$"):
         faults.call("test_case", "trap", torch.zeros(32, dtype=torch.int32))
+
+
+def test_writes_between_the_elements_of_a_tensor_are_found(primitives):
+    with pytest.raises(RuntimeError, match="argument 1 was written outside its elements"):
+        primitives.call("test_warp", torch.zeros(32, dtype=torch.int32), torch.zeros(14, 64, dtype=torch.int32)[:, ::2], None)
 
 
 def test_shared_memory_starts_poisoned_in_every_block(faults):

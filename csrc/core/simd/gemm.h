@@ -2,7 +2,8 @@
 //   A: element (i, k) at a[i * RS + k * KS], RS and KS known at compile time: broadcasts with constant offsets.
 //   B: panels of kPanel columns, each panel (K, width) contiguous; the last one may be narrower. N is a multiple of W.
 //   C: row-major with leading dimension ldc.
-// Every element of C is one chain of fused multiply-adds in order of k, whatever the blocking: bits depend on nothing else.
+// Every element is one chain of fused multiply-adds from 0 in order of k, then added to C: bits don't depend on the blocking,
+// and sums over many tiles lose no more than their number of tiles.
 #pragma once
 #include "core/simd/vec.h"
 
@@ -28,7 +29,7 @@ __attribute__((noinline)) void microkernel(int64_t K, const float* a, const floa
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) acc[i][n] = kAccumulate ? Vec::load(c + i * ldc + n * Vec::W) : Vec::zero();
+    for (int n = 0; n < NV; ++n) acc[i][n] = Vec::zero();
 #pragma GCC unroll 1
   for (int64_t k = 0; k < K; ++k) {
     Vec row[NV];
@@ -46,7 +47,10 @@ __attribute__((noinline)) void microkernel(int64_t K, const float* a, const floa
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) acc[i][n].store(c + i * ldc + n * Vec::W);
+    for (int n = 0; n < NV; ++n) {
+      float* out = c + i * ldc + n * Vec::W;
+      (kAccumulate ? Vec::load(out) + acc[i][n] : acc[i][n]).store(out);
+    }
 }
 
 template <int M, int NV, int RS, int KS, bool kAccumulate>
@@ -80,37 +84,50 @@ void gemm(int M, int64_t N, int64_t K, const float* a, const float* b, float* c,
   }
 }
 
-// The rows of src (rows, cols), times scale, as a B operand: K = rows, N = cols rounded up to W with zeros.
+// What packing multiplies an operand with: one number, or one a row.
+struct OneScale {
+  float value;
+  Vec row(int) const { return Vec::set1(value); }
+  Vec lanes(int) const { return Vec::set1(value); }
+};
+struct RowScale {
+  const float* values;  // readable up to the row count rounded up to W
+  Vec row(int r) const { return Vec::set1(values[r]); }
+  Vec lanes(int r) const { return Vec::load(values + r); }
+};
+
+// The rows of src (rows, cols), scaled, as a B operand: K = rows, N = cols rounded up to W with zeros.
 // Returns false when some element is infinite or NaN.
-template <class T>
-bool pack_rows(const T* src, int64_t row_stride, int rows, int64_t cols, float scale, float* dst) {
+template <class T, class Scale>
+bool pack_rows(const T* src, int64_t row_stride, int rows, int64_t cols, Scale scale, float* dst) {
   Vec suspect = Vec::zero();  // stays 0 while everything is finite
-  const Vec factor = Vec::set1(scale);
   const int64_t padded = round_up<int64_t>(cols, Vec::W);
   for (int64_t n = 0; n < padded; n += kPanel) {
     const int64_t width = min<int64_t>(kPanel, padded - n);
     float* panel = dst + n * rows;
-    for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r) {
+      const Vec factor = scale.row(r);
       for (int64_t c = n; c < n + width; c += Vec::W) {
         const T* p = src + r * row_stride + c;
         const Vec x = c + Vec::W <= cols ? Vec::load(p) : Vec::load_n(p, static_cast<int>(cols - c));
         suspect = fma(x, Vec::zero(), suspect);
         (x * factor).store(panel + r * width + (c - n));
       }
+    }
   }
   return sum(suspect) == 0.0f;
 }
 
-// The transpose of src (rows, cols), times scale: element (c, r) at dst[panel of r][c][r within the panel], panels `width`
-// wide. Rows up to round_up(rows, W) are written, the padding as zeros; with width = kPanel it is a B operand with K = cols
-// and N = round_up(rows, W), with one panel a K-major A operand.
-template <class T>
-void pack_transposed(const T* src, int64_t row_stride, int rows, int64_t cols, float scale, int64_t total, int64_t width, float* dst) {
+// The transpose of src (rows, cols), scaled: element (c, r) at dst[panel of r][c][r within the panel], panels `width` wide.
+// Rows up to round_up(rows, W) are written, the padding as zeros; with width = kPanel it is a B operand with K = cols and
+// N = round_up(rows, W), with one panel a K-major A operand.
+template <class T, class Scale>
+void pack_transposed(const T* src, int64_t row_stride, int rows, int64_t cols, Scale scale, int64_t total, int64_t width, float* dst) {
   constexpr int W = Vec::W;
-  const Vec factor = Vec::set1(scale);
   for (int r = 0; r < rows; r += W) {
     const int64_t panel = r / width, ld = min<int64_t>(width, total - panel * width);
     float* out = dst + panel * width * cols + (r - panel * width);
+    const Vec factor = scale.lanes(r);
     for (int64_t c = 0; c < cols; c += W) {
       const int n = static_cast<int>(min<int64_t>(W, cols - c));
       Vec block[W];

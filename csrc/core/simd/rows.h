@@ -96,14 +96,28 @@ inline void with_types(Dtype dtype, Dtype vector_dtype, F&& body) {
   });
 }
 
-// out[:] = sum over p of partial[p, :] for columns [begin, end), in order of p. Nothing where out was left out.
+// The sum of N terms as a tree, in a fixed order.
+template <int N>
+inline Vec tree_sum(const Vec (&terms)[N]) {
+  static_assert(N == 1 || N == 4);
+  if constexpr (N == 4) return (terms[0] + terms[1]) + (terms[2] + terms[3]);
+  return terms[0];
+}
+
+// out[:] = sum over p of partial[p, :] for columns [begin, end), in an order that depends on count alone: groups of eight, so
+// that no chain of additions is longer than 16. Nothing where out was left out.
 inline void add_partials(const float* partial, int64_t count, int64_t cols, int64_t begin, int64_t end, const RowVector& out) {
   if (!out.data) return;
   with_type(out.dtype, [&](auto t) {
     decltype(t)* o = static_cast<decltype(t)*>(out.data);
     for_row(end - begin, [&](int64_t c, int n) {
       Vec total = Vec::zero();
-      for (int64_t p = 0; p < count; ++p) total = total + load_some(partial + p * cols + begin + c, n);
+      for (int64_t first = 0; first < count; first += 8) {
+        Vec group = Vec::zero();
+        for (int64_t p = first; p < min<int64_t>(first + 8, count); ++p)
+          group = group + load_some(partial + p * cols + begin + c, n);
+        total = total + group;
+      }
       store_some(o + begin + c, total, n);
     });
   });

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._rows import table_impl
+from .._registry import kernel
 
 _OP = "attention"
 _TILE = 64  # as kernels/attention/attention_schedule.h
@@ -20,12 +20,12 @@ def _tile_list(mask, Tk):
     rows, k_tiles = set_b * set_h * -(-Tq // _TILE), -(-Tk // _TILE)
     codes = torch.empty(rows, k_tiles, dtype=torch.int32)
     counts = torch.empty(2, dtype=torch.int64)
-    table_impl(_OP, "mask_codes", "cpu", mask)(mask, codes, counts)
+    kernel(_OP, "mask_codes", "cpu")(mask, codes, counts)
     listed, partial = counts.tolist()
     row_ptr = torch.empty(rows + 1, dtype=torch.int64)
     cols, ids = torch.empty(listed, dtype=torch.int32), torch.empty(listed, dtype=torch.int32)
     bits = torch.empty(partial, _TILE, dtype=torch.int64)
-    table_impl(_OP, "mask_tiles", "cpu", mask)(mask, codes, row_ptr, cols, ids, bits)
+    kernel(_OP, "mask_tiles", "cpu")(mask, codes, row_ptr, cols, ids, bits)
     return row_ptr, cols, ids, bits, set_b, set_h
 
 
@@ -38,11 +38,16 @@ def _new_output(q, v):
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
+def _new_lse(q):
+    """(2, B, H, Tq): the log-sum-exp, and the factor that its rounding lost (attention.h)."""
+    return q.new_empty(2, *q.shape[:3], dtype=torch.float32)
+
+
 def fwd_launch(q, k, v, mask, bias, seed, left, right, offset, scale, softcap, dropout_p, impl):
     q, k, v = _inner_contiguous(q), _inner_contiguous(k), _inner_contiguous(v)
     o = _new_output(q, v)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    fwd = table_impl(_OP, "fwd", impl, q)
+    lse = _new_lse(q)
+    fwd = kernel(_OP, "fwd", impl)
     tiles = _tile_list(mask, k.shape[2])
     number = int(seed) if seed is not None else 0
     fwd(q, k, v, bias, left, right, offset, *tiles, scale, softcap, dropout_p, number, o, lse)
@@ -50,7 +55,7 @@ def fwd_launch(q, k, v, mask, bias, seed, left, right, offset, scale, softcap, d
 
 
 def fwd_fake(q, k, v, mask, bias, seed, left, right, offset, scale, softcap, dropout_p, impl):
-    return _new_output(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _new_output(q, v), _new_lse(q)
 
 
 def _new_gradients(q, k, v, bias, need_dbias):
@@ -70,7 +75,7 @@ def bwd_launch(
     dq, dk, dv, dbias = _new_gradients(q, k, v, bias, per_key)
     q, k, v = _inner_contiguous(q), _inner_contiguous(k), _inner_contiguous(v)
     d_lse = None if d_lse is None else d_lse.contiguous()
-    bwd = table_impl(_OP, "bwd", impl, q)
+    bwd = kernel(_OP, "bwd", impl)
     tiles = _tile_list(mask, k.shape[2])
     number = int(seed) if seed is not None else 0
     bwd(
@@ -88,7 +93,7 @@ def _reduced_dbias(dbias, bias, lse, d_lse, per_key):
     # The same for all keys: it cancels in the softmax and moves lse alone.
     if d_lse is None:
         return torch.zeros_like(bias, memory_format=torch.contiguous_format)
-    d_lse = torch.where(lse == float("-inf"), 0.0, d_lse).unsqueeze(-1)
+    d_lse = torch.where(lse[0] == float("-inf"), 0.0, d_lse).unsqueeze(-1)
     return d_lse.sum_to_size(bias.shape).to(bias.dtype).contiguous()
 
 

@@ -1,21 +1,16 @@
-"""What the row-wise norms share: argument checks, (rows, columns) views, outputs, and the launcher of a backend."""
+"""What the row-wise norms share: argument checks, (rows, columns) views, outputs, and second derivatives."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 
 import torch
-from torch.autograd import forward_ad
 
-from .. import _C
-from .._backend import choose, cuda_library
+from .._backend import choose
+from .._registry import transformed
 
 _MAX_ROW_BLOCKS = 64  # as csrc/core/row_blocks.h
-
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_compiling = torch.compiler.is_compiling
 
 
 def norm_args(op, x, weight, bias, residual, eps, impl) -> tuple[torch.Tensor, torch.Tensor | None, str]:
@@ -47,16 +42,11 @@ def norm_args(op, x, weight, bias, residual, eps, impl) -> tuple[torch.Tensor, t
             raise ValueError(f"{op}: {name} must be on {x.device} as x; got {t.device}")
     if not eps >= 0:
         raise ValueError(f"{op}: eps must not be negative; got {eps}")
-    if _transformed():
+    if transformed():
         if impl not in (None, "reference"):
-            raise ValueError(f"{op}: impl={impl!r} can't serve torch.func transforms or forward-mode AD; the reference can")
+            raise ValueError(f"{op}: impl={impl!r} can't serve torch.func, forward-mode AD or torch.jit.trace")
         impl = "reference"
     return x, residual, choose(op, impl, x)
-
-
-def _transformed() -> bool:
-    """True where torch.func (vmap, grad, jvp, ...) or forward-mode AD follows the call: through plain torch ops only."""
-    return not _compiling() and (_functorch_level() is not None or forward_ad._current_level >= 0)
 
 
 def rows_of(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -102,15 +92,18 @@ def fake_statistic(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(functools.reduce(lambda a, b: a * b, x.shape[:-1], 1), dtype=torch.float32)
 
 
-@functools.cache
-def _kernel(op: str, pass_name: str, backend: str) -> Callable:
-    if backend == "cpu":
-        return getattr(_C, f"{op}_{pass_name}")
-    if backend == "cuda":
-        return getattr(cuda_library(), f"{op}_{pass_name}")
-    return getattr(importlib.import_module(f"mlcore.kernels.{op}.{op}_triton"), pass_name)
+def second_order(norm: Callable, dy, inputs, cotangents) -> tuple[torch.Tensor | None, ...]:
+    """Gradients, with respect to dy and each input, of the sum of <cotangent, gradient of norm(*inputs) for that input>.
 
-
-def table_impl(op: str, pass_name: str, backend: str, tensor: torch.Tensor) -> Callable:
-    """The function of a kernels.inc row: all backends of a pass take the same arguments."""
-    return _kernel(op, pass_name, backend or choose(op, None, tensor))
+    What autograd asks of a norm's backward pass after create_graph=True (gradient penalties). No backend has a kernel for
+    it: norm is the reference, the first-order gradients stay the kernel's.
+    """
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in (dy, *inputs)]
+        given = [t for t in leaves[1:] if t is not None]
+        grads = iter(torch.autograd.grad(norm(*leaves[1:]), given, leaves[0], create_graph=True))
+        grads = [None if t is None else next(grads) for t in leaves[1:]]
+    pairs = [(g, c) for g, c in zip(grads, cotangents) if g is not None and c is not None]
+    wanted = [t for t in leaves if t is not None]
+    found = iter(torch.autograd.grad([g for g, _ in pairs], wanted, [c for _, c in pairs], allow_unused=True))
+    return tuple(None if t is None else next(found) for t in leaves)

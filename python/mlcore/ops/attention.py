@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .._backend import choose
-from .._registry import autocast, direct, needs_grad, register
+from .._registry import autocast, create_graph, direct, needs_grad, register, transformed
 from ._attention_launch import bwd_fake, bwd_launch, fwd_fake, fwd_launch
 
 _OP = "attention"
@@ -41,15 +40,29 @@ class _Attention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_o, d_lse):
+        d_lse = None if d_lse is None else d_lse[0]
         q, k, v, mask, bias, seed, o, lse = ctx.saved_tensors
+        need_dbias = bias is not None and ctx.needs_input_grad[4]
+        if create_graph():
+            return *_differentiable_gradients(ctx, d_o, d_lse), None, *(None for _ in ctx.numbers)
         if d_o is None:
             d_o = torch.zeros_like(o)
-        need_dbias = bias is not None and ctx.needs_input_grad[4]
         dq, dk, dv, dbias = _bwd(q, k, v, mask, bias, seed, *ctx.numbers, o, lse, d_o, d_lse, need_dbias)
         wanted = [g if need else None for g, need in zip((dq, dk, dv), ctx.needs_input_grad)]
         return *wanted, None, dbias if need_dbias else None, None, *(None for _ in ctx.numbers)
+
+
+def _differentiable_gradients(ctx, d_o, d_lse):
+    """(dq, dk, dv, None, dbias) with a graph, for create_graph=True: the reference's, which differentiates without end."""
+    q, k, v, mask, bias, seed, o, _ = ctx.saved_tensors
+    with torch.enable_grad():
+        outputs = _reference(q, k, v, mask, bias, seed, *ctx.numbers[:-1])
+        wanted = [(i, t) for i, t in ((0, q), (1, k), (2, v), (4, bias)) if t is not None and ctx.needs_input_grad[i]]
+        pairs = [(out, d) for out, d in zip(outputs, (d_o, d_lse)) if d is not None]
+        found = torch.autograd.grad([p[0] for p in pairs], [t for _, t in wanted], [p[1] for p in pairs], create_graph=True)
+    grads = dict(zip((i for i, _ in wanted), found))
+    return tuple(grads.get(i) for i in range(5))
 
 
 def attention(
@@ -85,32 +98,14 @@ def attention(
         impl: "cpu", "cuda", "triton" or "reference"; None chooses (see mlcore.explain).
 
     Returns:
-        o (B, H, Tq, Dv) in q's dtype; with return_lse the pair (o, lse), lse (B, H, Tq) float32. Both are differentiable, once.
+        o (B, H, Tq, Dv) in q's dtype; with return_lse the pair (o, lse), lse (B, H, Tq) float32. Both are differentiable; second
+        derivatives, forward-mode AD and torch.func transforms go through the reference and its T x T matrix.
 
     Raises:
         ValueError: shapes, dtypes or values break the rules above, or impl can't serve the call.
     """
-    _check_qkv(q, k, v)
-    B, H, Tq, D = q.shape
-    Tk = k.shape[2]
-    if scale is None:
-        scale = 1.0 / math.sqrt(D) if D else 1.0
-    elif isinstance(scale, torch.Tensor) or not math.isfinite(scale):
-        raise ValueError(f"attention: scale must be a finite number; got {scale}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"attention: softcap must be a positive number or None; got {softcap}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"attention: dropout_p must be in [0, 1]; got {dropout_p}")
-    if pattern is not None:
-        pattern = _broadcastable("pattern", pattern, q, Tk)
-        if pattern.dtype != torch.bool:
-            raise ValueError(f"attention: pattern must be a boolean tensor, True where a query sees a key; got {pattern.dtype}")
-    if bias is not None:
-        bias = _broadcastable("bias", bias, q, Tk)
-        if not bias.is_floating_point():
-            raise ValueError(f"attention: bias must be a floating-point tensor; got {bias.dtype}")
-    right, offset = (0, Tk - Tq) if causal else (-1, 0)
-    return _run(q, k, v, pattern, bias, -1, right, offset, float(scale), softcap, float(dropout_p), return_lse, impl)
+    band = (0, k.shape[2] - q.shape[2]) if causal and q.dim() == k.dim() == 4 else (-1, 0)
+    return _attention(q, k, v, pattern, bias, band, scale, softcap, dropout_p, return_lse, impl)
 
 
 def scaled_dot_product_attention(
@@ -129,7 +124,7 @@ def scaled_dot_product_attention(
         query: (..., H, L, E); key: (..., Hkv, S, E); value: (..., Hkv, S, Ev). Leading dimensions broadcast.
         attn_mask: broadcastable to (..., H, L, S): boolean, True where a query sees a key, or floating, added to the scores.
         dropout_p: applied always, as torch does; the dropped weights differ from torch's for the same seed.
-        is_causal: query i sees keys up to i (top-left aligned); excludes attn_mask.
+        is_causal: query i sees keys up to i (top-left aligned), of those that attn_mask lets it see.
         scale: None is 1 / sqrt(E).
         enable_gqa: Hkv may divide H.
 
@@ -139,27 +134,22 @@ def scaled_dot_product_attention(
     Raises:
         ValueError, RuntimeError: as torch's rules are broken.
     """
-    if attn_mask is not None and is_causal:
-        raise RuntimeError("scaled_dot_product_attention: attn_mask must be None when is_causal is True")
     if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
         raise ValueError(
             "scaled_dot_product_attention: query, key and value must have at least 2 dimensions; got "
             f"{query.dim()}, {key.dim()}, {value.dim()}"
         )
-    if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-        raise ValueError(f"scaled_dot_product_attention: attn_mask must be boolean or floating; got {attn_mask.dtype}")
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise ValueError(
+            f"scaled_dot_product_attention: attn_mask must be torch.bool, torch.float32 or {query.dtype} as query; got {attn_mask.dtype}"
+        )
     lead, q, k, v = _four_dims(query, key, value, enable_gqa)
     mask = None
     if attn_mask is not None:
         mask = attn_mask if len(lead) <= 2 else attn_mask.expand(*lead, *attn_mask.shape[-2:]).flatten(0, -4)
     is_bool = mask is not None and mask.dtype == torch.bool
-    if is_causal:
-        _check_qkv(q, k, v)
-        D = q.shape[-1]
-        scale = (1.0 / math.sqrt(D) if D else 1.0) if scale is None else float(scale)
-        o = _run(q, k, v, None, None, -1, 0, 0, scale, None, dropout_p, False, None)
-    else:
-        o = attention(q, k, v, pattern=mask if is_bool else None, bias=None if is_bool else mask, scale=scale, dropout_p=dropout_p)
+    pattern, bias = (mask, None) if is_bool else (None, mask)
+    o = _attention(q, k, v, pattern, bias, (0, 0) if is_causal else (-1, 0), scale, None, dropout_p, False, None)
     return o if len(lead) == 2 else o.reshape(*lead, *o.shape[-2:])
 
 
@@ -188,6 +178,29 @@ def _four_dims(query, key, value, enable_gqa):
     if not lead:
         heads = (1, 1, 1)
     return lead, flat(query, heads[0]), flat(key, heads[1]), flat(value, heads[2])
+
+
+def _attention(q, k, v, pattern, bias, band, scale, softcap, dropout_p, return_lse, impl):
+    """Checks and completes the arguments. band: (right, offset) as attention.h has them, right = -1 for none."""
+    _check_qkv(q, k, v)
+    Tk, D = k.shape[2], q.shape[3]
+    if scale is None:
+        scale = 1.0 / math.sqrt(D) if D else 1.0
+    elif isinstance(scale, torch.Tensor) or not math.isfinite(scale):
+        raise ValueError(f"attention: scale must be a finite number; got {scale}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"attention: softcap must be a positive number or None; got {softcap}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"attention: dropout_p must be in [0, 1]; got {dropout_p}")
+    if pattern is not None:
+        pattern = _broadcastable("pattern", pattern, q, Tk)
+        if pattern.dtype != torch.bool:
+            raise ValueError(f"attention: pattern must be a boolean tensor, True where a query sees a key; got {pattern.dtype}")
+    if bias is not None:
+        bias = _broadcastable("bias", bias, q, Tk)
+        if not bias.is_floating_point():
+            raise ValueError(f"attention: bias must be a floating-point tensor; got {bias.dtype}")
+    return _run(q, k, v, pattern, bias, -1, *band, float(scale), softcap, float(dropout_p), return_lse, impl)
 
 
 def _check_qkv(q, k, v) -> None:
@@ -222,6 +235,10 @@ def _broadcastable(name, t, q, Tk):
 def _run(q, k, v, mask, bias, left, right, offset, scale, softcap, dropout_p, return_lse, impl):
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = autocast(q.device.type, q, k, v)
+    if transformed():
+        if impl not in (None, "reference"):
+            raise ValueError(f"attention: impl={impl!r} can't serve torch.func, forward-mode AD or torch.jit.trace; the reference can")
+        impl = "reference"
     backend = choose(_OP, impl, q)
     widest = max(q.shape[3], v.shape[3])
     if backend != "reference" and not (1 <= widest <= _MAX_HEAD_DIM and q.shape[3] and v.shape[3]):
@@ -243,7 +260,7 @@ def _run(q, k, v, mask, bias, left, right, offset, scale, softcap, dropout_p, re
         o, lse = fwd_launch(q, k, v, *args)
     else:
         o, lse = _fwd(q, k, v, *args)
-    return (o, lse) if return_lse else o
+    return (o, lse[0]) if return_lse else o
 
 
 def _reference(q, k, v, mask, bias, seed, left, right, offset, scale, softcap, dropout_p):
@@ -255,6 +272,6 @@ def _reference(q, k, v, mask, bias, seed, left, right, offset, scale, softcap, d
         mask = band if mask is None else mask & band
     number = int(seed) if seed is not None else 0
     o, lse = attention_ref.attention(
-        q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, dropout_p=dropout_p, seed=number
+        q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap or None, dropout_p=dropout_p, seed=number
     )
     return o.to(q.dtype), lse

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from .._registry import direct, needs_grad, register
+from .._registry import create_graph, direct, kernel, needs_grad, register
+from ..kernels.layer_norm import layer_norm_ref
 from . import _rows
 
 _OP = "layer_norm"
@@ -15,7 +16,7 @@ def _run_fwd(x, residual, weight, bias, eps, impl):
     rows = _rows.rows_of(x)  # (R, C)
     y, mean, rstd = _rows.new_rows(rows), _rows.new_statistic(rows), _rows.new_statistic(rows)
     s = None if residual is None else _rows.new_rows(rows)
-    fwd = _rows.table_impl(_OP, "fwd", impl, x)
+    fwd = kernel(_OP, "fwd", impl)
     fwd(rows, _rows.rows_of(residual), _rows.contiguous(weight), _rows.contiguous(bias), eps, y, s, mean, rstd)
     return _rows.shaped(y, x), None if s is None else _rows.shaped(s, x), mean, rstd
 
@@ -26,7 +27,7 @@ def _run_bwd(dy, ds, s, weight, bias, mean, rstd, need_dweight, need_dbias, impl
     dweight = torch.empty_like(weight) if need_dweight else None
     dbias = torch.empty_like(bias) if need_dbias else None
     partial = _rows.new_partials(rows, 2) if need_dweight or need_dbias else None
-    bwd = _rows.table_impl(_OP, "bwd", impl, s)
+    bwd = kernel(_OP, "bwd", impl)
     bwd(_rows.rows_of(dy), _rows.rows_of(ds), rows, _rows.contiguous(weight), mean, rstd, dx, dweight, dbias, partial)
     return _rows.shaped(dx, s), dweight, dbias
 
@@ -71,23 +72,46 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, x, residual, weight, bias, eps, impl):
         run = _run_fwd if direct(x, residual, weight, bias) else _fwd
         y, s, mean, rstd = run(x, residual, weight, bias, eps, impl)
-        ctx.impl = impl
+        ctx.eps, ctx.impl = eps, impl
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if residual is None else s, weight, bias, mean, rstd)
         return y if residual is None else (y, s)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, ds=None):
-        s, weight, bias, mean, rstd = ctx.saved_tensors
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         if dy is None:  # only s was used
-            dx, dweight, dbias = ds, None, None
+            return ds if need_x else None, ds if need_residual else None, None, None, None, None
+        args = (dy, ds, *ctx.saved_tensors, need_weight, need_bias, ctx.impl)
+        if create_graph():
+            dx, dweight, dbias = _LayerNormGrad.apply(ctx.eps, *args)
         else:
-            run = _run_bwd if direct(dy, ds, s, weight, bias) else _bwd
-            dx, dweight, dbias = run(dy, ds, s, weight, bias, mean, rstd, need_weight, need_bias, ctx.impl)
+            dx, dweight, dbias = (_run_bwd if direct(*args[:7]) else _bwd)(*args)
         dx, dresidual = dx if need_x else None, dx if need_residual else None
         return dx, dresidual, dweight if need_weight else None, dbias if need_bias else None, None, None
+
+
+class _LayerNormGrad(torch.autograd.Function):
+    """The backward pass as a function that can be differentiated once more."""
+
+    @staticmethod
+    def forward(ctx, eps, dy, ds, s, weight, bias, mean, rstd, need_dweight, need_dbias, impl):
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dy, s, weight, bias)
+        return _bwd(dy, ds, s, weight, bias, mean, rstd, need_dweight, need_dbias, impl)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, ddx, ddweight, ddbias):
+        dy, *inputs = ctx.saved_tensors
+
+        def norm(s, weight, bias):
+            return layer_norm_ref.layer_norm(s, weight, bias, None, ctx.eps)[0]
+
+        grad_dy, grad_s, grad_weight, grad_bias = _rows.second_order(norm, dy, inputs, (ddx, ddweight, ddbias))
+        grad_ds = ddx if ctx.needs_input_grad[2] else None
+        return None, grad_dy, grad_ds, grad_s, grad_weight, grad_bias, None, None, None, None, None
 
 
 def layer_norm(
@@ -119,8 +143,6 @@ def layer_norm(
     """
     x, residual, backend = _rows.norm_args(_OP, x, weight, bias, residual, eps, impl)
     if backend == "reference":
-        from ..kernels.layer_norm import layer_norm_ref
-
         y, s = layer_norm_ref.layer_norm(x, weight, bias, residual, eps)
     elif needs_grad(x, residual, weight, bias):
         out = _LayerNorm.apply(x, residual, weight, bias, eps, backend)

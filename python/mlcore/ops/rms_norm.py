@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from .._registry import direct, needs_grad, register
+from .._registry import create_graph, direct, kernel, needs_grad, register
+from ..kernels.rms_norm import rms_norm_ref
 from . import _rows
 
 _OP = "rms_norm"
@@ -15,7 +16,7 @@ def _run_fwd(x, residual, weight, eps, impl):
     rows = _rows.rows_of(x)  # (R, C)
     y, rstd = _rows.new_rows(rows), _rows.new_statistic(rows)
     s = None if residual is None else _rows.new_rows(rows)
-    fwd = _rows.table_impl(_OP, "fwd", impl, x)
+    fwd = kernel(_OP, "fwd", impl)
     fwd(rows, _rows.rows_of(residual), _rows.contiguous(weight), eps, y, s, rstd)
     return _rows.shaped(y, x), None if s is None else _rows.shaped(s, x), rstd
 
@@ -25,7 +26,7 @@ def _run_bwd(dy, ds, s, weight, rstd, need_dweight, impl):
     dx = _rows.new_rows(rows)
     dweight = torch.empty_like(weight) if need_dweight else None
     partial = _rows.new_partials(rows) if need_dweight else None
-    bwd = _rows.table_impl(_OP, "bwd", impl, s)
+    bwd = kernel(_OP, "bwd", impl)
     bwd(_rows.rows_of(dy), _rows.rows_of(ds), rows, _rows.contiguous(weight), rstd, dx, dweight, partial)
     return _rows.shaped(dx, s), dweight
 
@@ -67,22 +68,45 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx, x, residual, weight, eps, impl):
         run = _run_fwd if direct(x, residual, weight) else _fwd
         y, s, rstd = run(x, residual, weight, eps, impl)
-        ctx.impl = impl
+        ctx.eps, ctx.impl = eps, impl
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if residual is None else s, weight, rstd)
         return y if residual is None else (y, s)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, ds=None):
-        s, weight, rstd = ctx.saved_tensors
         need_x, need_residual, need_weight = ctx.needs_input_grad[:3]
         if dy is None:  # only s was used
-            dx, dweight = ds, None
+            return ds if need_x else None, ds if need_residual else None, None, None, None
+        args = (dy, ds, *ctx.saved_tensors, need_weight, ctx.impl)
+        if create_graph():
+            dx, dweight = _RmsNormGrad.apply(ctx.eps, *args)
         else:
-            run = _run_bwd if direct(dy, ds, s, weight) else _bwd
-            dx, dweight = run(dy, ds, s, weight, rstd, need_weight, ctx.impl)
+            dx, dweight = (_run_bwd if direct(*args[:5]) else _bwd)(*args)
         return dx if need_x else None, dx if need_residual else None, dweight if need_weight else None, None, None
+
+
+class _RmsNormGrad(torch.autograd.Function):
+    """The backward pass as a function that can be differentiated once more."""
+
+    @staticmethod
+    def forward(ctx, eps, dy, ds, s, weight, rstd, need_dweight, impl):
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dy, s, weight)
+        return _bwd(dy, ds, s, weight, rstd, need_dweight, impl)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, ddx, ddweight):
+        dy, *inputs = ctx.saved_tensors
+
+        def norm(s, weight):
+            return rms_norm_ref.rms_norm(s, weight, None, ctx.eps)[0]
+
+        grad_dy, grad_s, grad_weight = _rows.second_order(norm, dy, inputs, (ddx, ddweight))
+        grad_ds = ddx if ctx.needs_input_grad[2] else None
+        return None, grad_dy, grad_ds, grad_s, grad_weight, None, None, None
 
 
 def rms_norm(
@@ -112,8 +136,6 @@ def rms_norm(
     """
     x, residual, backend = _rows.norm_args(_OP, x, weight, None, residual, eps, impl)
     if backend == "reference":
-        from ..kernels.rms_norm import rms_norm_ref
-
         y, s = rms_norm_ref.rms_norm(x, weight, residual, eps)
     elif needs_grad(x, residual, weight):
         out = _RmsNorm.apply(x, residual, weight, eps, backend)

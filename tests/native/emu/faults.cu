@@ -95,12 +95,24 @@ struct Case {
   size_t smem;
 };
 #define CASE(kernel, ...) {#kernel, kernel, __VA_ARGS__}
-constexpr Case kCases[] = {CASE(divergent_barrier, 1, 64, 0),    CASE(barrier_against_shuffle, 1, 32, 0), CASE(divergent_warp, 1, 32, 0),
-                           CASE(shuffle_from_outside, 1, 32, 0), CASE(mask_without_self, 1, 32, 0),       CASE(partial_mma, 1, 32, 0),
-                           CASE(static_bounds, 1, 32, 0),        CASE(dynamic_bounds, 1, 32, 128),        CASE(misaligned, 1, 1, 0),
-                           CASE(copy_to_global, 1, 1, 0),        CASE(trap, 1, 1, 0),                     CASE(uninitialised, 2, 32, 128),
-                           CASE(out_of_bounds_write, 1, 1, 0),   CASE(barrier_after_return, 1, 64, 0),    CASE(race, 1, 32, 0),
-                           {"empty_grid", trap, 0, 32, 0},       {"large_block", trap, 1, 1025, 0},       {"much_shared", trap, 1, 32, 300 << 10}};
+constexpr Case kCases[] = {CASE(divergent_barrier, 1, 64, 0),
+                           CASE(barrier_against_shuffle, 1, 32, 0),
+                           CASE(divergent_warp, 1, 32, 0),
+                           CASE(shuffle_from_outside, 1, 32, 0),
+                           CASE(mask_without_self, 1, 32, 0),
+                           CASE(partial_mma, 1, 32, 0),
+                           CASE(static_bounds, 1, 32, 0),
+                           CASE(dynamic_bounds, 1, 32, 128),
+                           CASE(misaligned, 1, 1, 0),
+                           CASE(copy_to_global, 1, 1, 0),
+                           CASE(trap, 1, 1, 0),
+                           CASE(uninitialised, 2, 32, 128),
+                           CASE(out_of_bounds_write, 1, 1, 0),
+                           CASE(barrier_after_return, 1, 64, 0),
+                           CASE(race, 1, 32, 0),
+                           {"empty_grid", trap, 0, 32, 0},
+                           {"large_block", trap, 1, 1025, 0},
+                           {"much_shared", trap, 1, 32, 300 << 10}};
 
 }  // namespace
 
@@ -108,7 +120,8 @@ constexpr Case kCases[] = {CASE(divergent_barrier, 1, 64, 0),    CASE(barrier_ag
 MLC_API int test_case(const char* name, DLTensor* out) {
   return guard([&] {
     for (const Case& c : kCases)
-      if (std::string(name) == c.name) return launch(c.name, c.kernel, c.grid, c.block, c.smem, nullptr, static_cast<int*>(out->data));
+      if (std::string(name) == c.name)
+        return launch(c.name, c.kernel, c.grid, c.block, c.smem, nullptr, static_cast<int*>(out->data));
     fail(MLC_INVALID_ARGUMENT, "no case ", name);
   });
 }

@@ -26,7 +26,8 @@ __device__ void load_tile(bf16 (&tile)[kRows][kRow], const bf16* x, int first, i
 }
 
 template <Break kBreak>
-__global__ void __launch_bounds__(32 * kWarps) attention_fwd(const bf16* q, const bf16* k, const bf16* v, bf16* o, int T, float scale_log2) {
+__global__ void __launch_bounds__(32 * kWarps)
+    attention_fwd(const bf16* q, const bf16* k, const bf16* v, bf16* o, int T, float scale_log2) {
   __shared__ __align__(16) bf16 q_tile[BM][kRow], k_tile[2][BN][kRow], v_tile[2][BN][kRow];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int row0 = blockIdx.x * BM, tiles = (T + BN - 1) / BN;
@@ -38,7 +39,7 @@ __global__ void __launch_bounds__(32 * kWarps) attention_fwd(const bf16* q, cons
   load_tile(v_tile[0], v, 0, T);
   cp_async_commit();
 
-  float acc[D / 8][4] = {};                    // (16, D) of this warp, the mma layout
+  float acc[D / 8][4] = {};                        // (16, D) of this warp, the mma layout
   float m[2] = {-INFINITY, -INFINITY}, l[2] = {};  // rows g and g + 8
   for (int n = 0; n < tiles; ++n) {
     const int now = n % 2;
@@ -80,8 +81,9 @@ __global__ void __launch_bounds__(32 * kWarps) attention_fwd(const bf16* q, cons
       for (int j = 0; j < D / 8; ++j) acc[j][2 * r] *= alpha, acc[j][2 * r + 1] *= alpha;
     }
     for (int j = 0; j < BN; j += 16) {
-      const float(&lo)[4] = s[j / 8], (&hi)[4] = s[j / 8 + 1];
-      const uint32_t p[4] = {pack2<bf16>(lo[0], lo[1]), pack2<bf16>(lo[2], lo[3]), pack2<bf16>(hi[0], hi[1]), pack2<bf16>(hi[2], hi[3])};
+      const float (&lo)[4] = s[j / 8], (&hi)[4] = s[j / 8 + 1];
+      const uint32_t p[4] = {pack2<bf16>(lo[0], lo[1]), pack2<bf16>(lo[2], lo[3]), pack2<bf16>(hi[0], hi[1]),
+                             pack2<bf16>(hi[2], hi[3])};
       for (int d = 0; d < D; d += 16) {
         uint32_t b[4];
         ldmatrix<true>(b, &v_tile[now][j + lane % 16][d + lane / 16 * 8]);
@@ -101,7 +103,8 @@ __global__ void __launch_bounds__(32 * kWarps) attention_fwd(const bf16* q, cons
 
 }  // namespace
 
-MLC_API int test_attention(const DLTensor* q, const DLTensor* k, const DLTensor* v, DLTensor* o, double scale, int64_t left_out, void* stream) {
+MLC_API int test_attention(const DLTensor* q, const DLTensor* k, const DLTensor* v, DLTensor* o, double scale, int64_t left_out,
+                           void* stream) {
   return guard([&] {
     const int H = static_cast<int>(q->shape[0]), T = static_cast<int>(q->shape[1]);
     const auto run = [&](auto kernel) {

@@ -37,16 +37,25 @@ __device__ void mma_tile(const T* a, const T* b, const E* c, E* d, Load load, Mm
 
 template <class T>
 __global__ void mma16_kernel(const T* a, const T* b, const float* c, float* d) {
-  mma_tile<2>(a, b, c, d, [](const T* p) { return pair_at(p); },
-              [](float(&fd)[4], const uint32_t(&fa)[4], const uint32_t(&fb)[2], const float(&fc)[4]) { mma_m16n8k16<T>(fd, fa, fb, fc); });
+  mma_tile<2>(
+      a, b, c, d, [](const T* p) { return pair_at(p); },
+      [](float (&fd)[4], const uint32_t (&fa)[4], const uint32_t (&fb)[2], const float (&fc)[4]) {
+        mma_m16n8k16<T>(fd, fa, fb, fc);
+      });
 }
 __global__ void mma_tf32_kernel(const float* a, const float* b, const float* c, float* d) {
-  mma_tile<1>(a, b, c, d, [](const float* p) { return to_tf32(*p); },
-              [](float(&fd)[4], const uint32_t(&fa)[4], const uint32_t(&fb)[2], const float(&fc)[4]) { mma_m16n8k8_tf32(fd, fa, fb, fc); });
+  mma_tile<1>(
+      a, b, c, d, [](const float* p) { return to_tf32(*p); },
+      [](float (&fd)[4], const uint32_t (&fa)[4], const uint32_t (&fb)[2], const float (&fc)[4]) {
+        mma_m16n8k8_tf32(fd, fa, fb, fc);
+      });
 }
 __global__ void mma_s8_kernel(const int8_t* a, const int8_t* b, const int* c, int* d) {
-  mma_tile<4>(a, b, c, d, [](const int8_t* p) { return bytes_at(p); },
-              [](int(&fd)[4], const uint32_t(&fa)[4], const uint32_t(&fb)[2], const int(&fc)[4]) { mma_m16n8k32_s8(fd, fa, fb, fc); });
+  mma_tile<4>(
+      a, b, c, d, [](const int8_t* p) { return bytes_at(p); },
+      [](int (&fd)[4], const uint32_t (&fa)[4], const uint32_t (&fb)[2], const int (&fc)[4]) {
+        mma_m16n8k32_s8(fd, fa, fb, fc);
+      });
 }
 
 // x (8 N, 8) of 16-bit elements, r (N, 32)
@@ -142,8 +151,8 @@ template <int Bytes>
 void launch_cp_async(const DLTensor* x, const DLTensor* sizes, const DLTensor* y, int64_t left, void* stream) {
   const int threads = 32, steps = static_cast<int>(sizes->shape[0]) / threads;
   const auto run = [&](auto kernel) {
-    MLC_LAUNCH(kernel, 1, threads, static_cast<size_t>(threads * steps * Bytes), stream, data<unsigned char>(x), data<int>(sizes),
-               data<unsigned char>(y), steps);
+    MLC_LAUNCH(kernel, 1, threads, static_cast<size_t>(threads * steps * Bytes), stream, data<unsigned char>(x),
+               data<int>(sizes), data<unsigned char>(y), steps);
   };
   if (left < 0) return run(cp_async_kernel<Bytes, -1>);
   left == 0 ? run(cp_async_kernel<Bytes, 0>) : run(cp_async_kernel<Bytes, 2>);
@@ -154,8 +163,10 @@ void launch_cp_async(const DLTensor* x, const DLTensor* sizes, const DLTensor* y
 MLC_API int test_mma(const DLTensor* a, const DLTensor* b, const DLTensor* c, DLTensor* d, void* stream) {
   return guard([&] {
     switch (dtype_of(a->dtype)) {
-      case Dtype::f32: return MLC_LAUNCH(mma_tf32_kernel, 1, 32, 0, stream, data<float>(a), data<float>(b), data<float>(c), data<float>(d));
-      case Dtype::i8: return MLC_LAUNCH(mma_s8_kernel, 1, 32, 0, stream, data<int8_t>(a), data<int8_t>(b), data<int>(c), data<int>(d));
+      case Dtype::f32:
+        return MLC_LAUNCH(mma_tf32_kernel, 1, 32, 0, stream, data<float>(a), data<float>(b), data<float>(c), data<float>(d));
+      case Dtype::i8:
+        return MLC_LAUNCH(mma_s8_kernel, 1, 32, 0, stream, data<int8_t>(a), data<int8_t>(b), data<int>(c), data<int>(d));
       default:
         with_type16(a, [&](auto type) {
           using T = decltype(type);
@@ -187,7 +198,8 @@ MLC_API int test_warp(const DLTensor* x, DLTensor* y, void* stream) {
   return guard([&] { MLC_LAUNCH(warp_kernel, 1, 32, 0, stream, data<int>(x), data<int>(y)); });
 }
 
-MLC_API int test_atomics(DLTensor* counters, DLTensor* total, DLTensor* tickets, int64_t blocks, int64_t threads, void* stream) {
+MLC_API int test_atomics(DLTensor* counters, DLTensor* total, DLTensor* tickets, int64_t blocks, int64_t threads,
+                         void* stream) {
   return guard([&] {
     MLC_LAUNCH(atomics_kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, stream, data<int>(counters),
                data<float>(total), data<int>(tickets));
@@ -195,7 +207,8 @@ MLC_API int test_atomics(DLTensor* counters, DLTensor* total, DLTensor* tickets,
 }
 
 MLC_API int test_reduce(const DLTensor* x, DLTensor* y, void* stream) {
-  return guard([&] { MLC_LAUNCH(reduce_kernel, 1, static_cast<unsigned>(x->shape[0]), 0, stream, data<float>(x), data<float>(y)); });
+  return guard(
+      [&] { MLC_LAUNCH(reduce_kernel, 1, static_cast<unsigned>(x->shape[0]), 0, stream, data<float>(x), data<float>(y)); });
 }
 
 MLC_API int test_convert(const DLTensor* x, DLTensor* narrow, DLTensor* wide, void* stream) {
@@ -203,7 +216,8 @@ MLC_API int test_convert(const DLTensor* x, DLTensor* narrow, DLTensor* wide, vo
     const int n = static_cast<int>(x->shape[0]);
     with_type16(narrow, [&](auto type) {
       using T = decltype(type);
-      MLC_LAUNCH(convert_kernel<T>, static_cast<unsigned>(n + 127) / 128, 128, 0, stream, data<float>(x), data<T>(narrow), data<float>(wide), n);
+      MLC_LAUNCH(convert_kernel<T>, static_cast<unsigned>(n + 127) / 128, 128, 0, stream, data<float>(x), data<T>(narrow),
+                 data<float>(wide), n);
     });
   });
 }

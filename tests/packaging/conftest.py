@@ -1,0 +1,117 @@
+"""What the packaging tests share: the source distribution, the wheel built from it alone, an environment that holds the wheel,
+and a plain CMake build and installation. Each is made once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import variant  # noqa: E402
+
+
+def run(command: list, cwd: Path | str = "/", **environment: str) -> subprocess.CompletedProcess:
+    """Runs a command in a clean environment: no CUDA compiler, no Python path, nothing of mlcore's own variables."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MLCORE", "CUDA", "LD_", "VIRTUAL_ENV", "TRITON"))}
+    env |= {"CUDACXX": "/nonexistent/nvcc"} | environment
+    return subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def ok(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 0, f"{' '.join(done.args)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def tool(name: str) -> str:
+    """A tool of this environment or of the system; skips the test where there is none."""
+    path = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if path is None:
+        pytest.skip(f"no {name} on this machine")
+    return path
+
+
+def native_flags() -> list[str]:
+    return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """The source distribution, unpacked: all later builds see only what it holds."""
+    out = tmp_path_factory.mktemp("sdist")
+    code = f"from scikit_build_core.build import build_sdist; build_sdist({str(out)!r})"
+    ok(run([sys.executable, "-c", code], cwd=ROOT))
+    (archive,) = out.glob("mlcore-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(out, filter="data")
+    return out / archive.name.removesuffix(".tar.gz")
+
+
+@dataclass
+class Wheel:
+    path: Path
+    seconds: float  # on the clock
+    cpu_seconds: float  # of all processes: what the build costs, whatever else runs
+
+
+@pytest.fixture(scope="session")
+def wheel(source, tmp_path_factory) -> Wheel:
+    """The wheel that `pip install .` builds, in pip's isolated environment: no torch and no CUDA compiler there."""
+    out = tmp_path_factory.mktemp("wheel")
+    python = variant.environment(out / "bare", site_packages=[])
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run([sys.executable, "-m", "pip", "--python", python, "wheel", "--no-deps", "--wheel-dir", out, "."], cwd=source)
+    if re.search("No matching distribution found|Could not find a version|Max retries", done.stdout + done.stderr):
+        pytest.skip("no package index within reach for an isolated build")
+    ok(done)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    (path,) = out.glob("*.whl")
+    cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    return Wheel(path, time.perf_counter() - start, cpu)
+
+
+@pytest.fixture(scope="session")
+def wheel_python(wheel, tmp_path_factory) -> Path:
+    """A Python with the wheel installed, and torch from the environment that runs the tests."""
+    python = variant.environment(tmp_path_factory.mktemp("installed") / "venv", site_packages=variant.here())
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index"]
+    ok(run([*pip, wheel.path]))
+    return python
+
+
+@pytest.fixture(scope="session")
+def installed(wheel_python) -> Path:
+    """The installed package's folder."""
+    code = "import mlcore, pathlib; print(pathlib.Path(mlcore.__file__).parent)"
+    return Path(ok(run([wheel_python, "-c", code])).strip())
+
+
+@dataclass
+class Native:
+    build: Path
+    prefix: Path
+    log: str
+
+
+@pytest.fixture(scope="session")
+def native(source, tmp_path_factory) -> Native:
+    """cmake -S . -B build && cmake --build build && cmake --install build, as DESIGN of a C++ user's machine: no Python, no CUDA."""
+    home = tmp_path_factory.mktemp("native")
+    build, prefix = home / "build", home / "prefix"
+    cmake = tool("cmake")
+    log = ok(run([cmake, "-S", source, "-B", build, *native_flags(), f"-DCMAKE_INSTALL_PREFIX={prefix}"]))
+    ok(run([cmake, "--build", build]))
+    ok(run([cmake, "--install", build]))
+    return Native(build, prefix, log)
