@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 STAMPS := .venv/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -q
-PYTEST := $(BIN)/python tools/run_pytest.py
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
 
 CXX_FILES = $(shell find csrc kernels tests -type f \( -name '*.cc' -o -name '*.c' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \))
 NATIVE_FILES := CMakeLists.txt pyproject.toml constraints.txt \
@@ -27,6 +27,9 @@ help:  ## this list
 
 demo: $(STAMPS)/demo  ## install, then run the main job: real sentences through a real BERT, kernels against stock layers
 	$(BIN)/python examples/demo.py
+
+# Test processes share the cores: a thread that waits must not spin.
+suite levels sanitize: export OMP_WAIT_POLICY = passive
 
 test: check levels sanitize suite  ## every check and test that this machine allows
 
@@ -52,7 +55,7 @@ format: $(STAMPS)/test  ## rewrite the sources as `check` wants them
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(STAMPS)/demo $(STAMPS)/test  ## measure every op against torch's own; results go to bench/results
-	$(BIN)/python -m pytest bench/bench_*.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest bench $(PYTEST_ARGS)
 
 gpu:  ## tests and benchmarks that need a CUDA device
 	$(PYTHON) tools/gpu.py
@@ -78,7 +81,7 @@ FORCE:
 # torch first, and then held: nothing that is installed later may bring another one.
 $(STAMPS)/torch: $(STAMPS)/torch.txt constraints.txt
 	$(PIP) install $(TORCH)
-	$(PIP) list --format=freeze | grep '^torch==' > $(STAMPS)/held.txt
+	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(STAMPS)/held.txt
 	$(PIP) install -c constraints.txt scikit-build-core pybind11 cmake ninja
 	@touch $@
 

@@ -12,7 +12,7 @@ A results file (bench/results/<name>.json) is one machine with one set of versio
                "extra": {"rounds": 15, "gflops": 709.8, "peak_fraction": 0.6}}]}               # any numbers and words
 
 One group is one problem and its rows were timed interleaved, so their ratios hold. Rows whose name starts with "mlcore" are
-ours. bench/report.py reads: extra.gflops or extra.gbps, extra.peak_fraction; extra.limit (op "overhead": the most that the
+ours. bench/report.py reads: extra.gflops or extra.gbps; extra.limit (op "overhead": the most that the
 ratio to "x + y" should be); extra.impl and extra.threads (op "scaling").
 """
 
@@ -130,7 +130,7 @@ def run_group(
     rounds = 0 checks only and gives empty result rows. The samples go into timings[name, row]; the peaks into machine.
     """
     results: dict[str, dict | Exception] = {}
-    extra = {}
+    extra: dict[str, dict] = {}
     for row, call in group.rows.items():
         try:
             group.before.get(row, lambda: None)()
@@ -140,25 +140,29 @@ def run_group(
             results[row] = error
     if not rounds:
         return results
+    _update_peaks(machine)
     right = {row: group.rows[row] for row in extra}
     before = {row: group.before[row] for row in right if row in group.before}
     for row, timing in interleaved(right, rounds, max_time=max_time, before=before).items():
-        rates = _rates(machine, group, timing.min, extra[row].get("threads", machine["threads"]))
+        rates = _rates(machine, group, timing.min)
         results[row] = result_row(name, row, timing, **rates, **extra[row])
         if timings is not None:
             timings[name, row] = timing
     return results
 
 
-def _rates(machine: dict, group: Group, seconds: float, threads: int) -> dict:
-    if not group.flops and not group.bytes:
-        return {}
-    peak = machine_peak.measure(threads, machine["isa"].split()[0])
-    if threads == machine["threads"]:
-        machine.update(peak)
-    rate, unit, ceiling = (group.flops, "gflops", "fma_gflops") if group.flops else (group.bytes, "gbps", "copy_gbps")
-    rate = rate / seconds * 1e-9
-    return {unit: rate, "peak_fraction": rate / peak[ceiling]}
+def _update_peaks(machine: dict) -> None:
+    machine.update(machine_peak.measure(machine["threads"], machine["isa"]))
+
+
+def _rates(machine: dict, group: Group, seconds: float) -> dict:
+    if group.flops:
+        rate = group.flops / seconds * 1e-9
+        return {"gflops": rate, "peak_fraction": rate / machine["fma_gflops"]}
+    if group.bytes:
+        rate = group.bytes / seconds * 1e-9
+        return {"gbps": rate, "peak_fraction": rate / machine["copy_gbps"]}
+    return {}
 
 
 def _sample(call: Callable[[], object], calls: int, sync: Callable[[], object]) -> float:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"^<!-- bench:(?P<what>[^\n]*?)-->\n(?P<table>.*?)^<!-- /bench -->$", re.MULTILINE | re.DOTALL)
 OPENING = re.compile(r"^<!-- bench:", re.MULTILINE)
 OURS = "mlcore"
+UNITS = {"gbps": "GB/s", "gflops": "GFLOP/s"}
 BLUES, OTHERS = ("#0b5fa5", "#79b4e0", "#b8d8f0"), ("#f0a202", "#9aa5b1", "#5b8e7d", "#c8553d", "#7d6b91")
 
 
@@ -82,33 +83,38 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines) + (f"\n\n{self.note}" if self.note else "")
 
 
-def speed_table(op: str, groups: dict[str, dict[str, dict]]) -> Table:
-    names = list(dict.fromkeys(name for rows in groups.values() for name in rows))
-    names.sort(key=lambda name: not name.startswith(OURS))
-    rated = {key for rows in groups.values() for r in rows.values() for key in ("gflops", "gbps") if key in r.get("extra", {})}
-    unit = {"gflops": "GFLOP/s", "gbps": "GB/s"}
-    head = [
-        op,
-        *names,
-        *[f"mlcore {unit[key]}" for key in sorted(rated)],
-        *(["of peak"] if rated else []),
-        "mlcore's speed, fastest other = 1",
-    ]
+def fraction_of_peak(row: dict, machine: dict) -> float | None:
+    """The row's rate over the machine's measured peak; None where one of the two is missing."""
+    extra = row.get("extra", {})
+    for key, peak in (("gflops", machine.get("fma_gflops") or machine.get("bf16_gflops")), ("gbps", machine.get("copy_gbps"))):
+        if key in extra and peak:
+            return extra[key] / peak
+    return None
+
+
+def speed_table(op: str, groups: dict[str, dict[str, dict]], machine: dict, brief: bool = False) -> Table:
+    """Times of every row (brief: of mlcore and the fastest other), mlcore's rate, and the ratio of the two times."""
+    names = sorted(dict.fromkeys(name for rows in groups.values() for name in rows), key=lambda n: not n.startswith(OURS))
+    rated = sorted({key for rows in groups.values() for r in rows.values() for key in UNITS if key in r.get("extra", {})})
+    head = [op, *(["mlcore", "fastest other"] if brief else names), *[f"mlcore {UNITS[key]}" for key in rated]]
+    head += [*(["of peak"] if rated else []), "vs fastest other"]
     body, ratios = [], []
     for problem, rows in groups.items():
         ours = min((r for name, r in rows.items() if name.startswith(OURS)), key=lambda r: r["seconds_min"], default={})
-        extra = ours.get("extra", {})
-        cells = [duration(rows[name]["seconds_min"]) if name in rows else "" for name in names]
-        cells += [f"{extra[key]:.3g}" if key in extra else "" for key in sorted(rated)]
-        if rated:
-            cells.append(f"{extra['peak_fraction']:.0%}" if "peak_fraction" in extra else "")
         ratio = speedup(rows)
+        if brief:
+            times = [ours.get("seconds_min"), ratio and rows[ratio[1]]["seconds_min"]]
+        else:
+            times = [rows[name]["seconds_min"] if name in rows else None for name in names]
+        fraction = fraction_of_peak(ours, machine)
+        rates = [f"{ours['extra'][key]:.3g}" if key in ours.get("extra", {}) else "" for key in rated]
+        rates += ["" if fraction is None else f"{fraction:.0%}"] if rated else []
         ratios += [ratio[0]] if ratio else []
-        body.append([problem, *cells, f"{ratio[0]:.2f}" if ratio else ""])
+        body.append([problem, *[duration(t) if t else "" for t in times], *rates, f"{ratio[0]:.2f}" if ratio else ""])
     note = ""
     if ratios:
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        note = f"mlcore is the fastest in {sum(r > 1 for r in ratios)} of {len(ratios)}; geometric mean {mean:.2f}."
+        note = f"Above 1 mlcore is faster: it is in {sum(r > 1 for r in ratios)} of {len(ratios)}, geometric mean {mean:.2f}."
     return Table(head, body, note)
 
 
@@ -146,8 +152,9 @@ def scaling_table(op: str, groups: dict[str, dict[str, dict]]) -> Table:
 TABLES = {"overhead": overhead_table, "scaling": scaling_table}
 
 
-def table_of(results: dict, op: str) -> Table:
-    return TABLES.get(op, speed_table)(op, groups_of(results, op))
+def table_of(results: dict, op: str, brief: bool = False) -> Table:
+    groups = groups_of(results, op)
+    return TABLES[op](op, groups) if op in TABLES else speed_table(op, groups, results["machine"], brief)
 
 
 def as_text(results: dict, ops: list[str] | None = None) -> str:
@@ -231,12 +238,12 @@ def bar_chart(
 
 def plot(results: dict, op: str, path: Path) -> bool:
     """The op's rates as a bar chart; False where it has none."""
-    title = f"{op}: {{}}, more is better (beside mlcore's bar: its speed, fastest other = 1)"
+    title = f"{op}: {{}}, more is better (beside mlcore's bar: vs fastest other)"
     groups = groups_of(results, op)
     names = sorted(dict.fromkeys(n for rows in groups.values() for n in rows), key=lambda n: not n.startswith(OURS))
     machine = results["machine"]
     peaks = {"gflops": machine.get("fma_gflops") or machine.get("bf16_gflops"), "gbps": machine.get("copy_gbps")}
-    for key, label in (("gflops", "GFLOP/s"), ("gbps", "GB/s")):
+    for key, label in UNITS.items():
         if op not in TABLES and all(key in r.get("extra", {}) for rows in groups.values() for r in rows.values()):
             series = {n: [rows[n]["extra"][key] if n in rows else None for rows in groups.values()] for n in names}
             ratios = [speedup(rows) for rows in groups.values()]

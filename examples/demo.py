@@ -17,6 +17,7 @@ import encode_sentences as bert  # also makes bench/ importable
 import harness
 import report
 import torch
+from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import Progress
@@ -78,13 +79,11 @@ def compare_kernels(console: Console, path: Path, seconds: float) -> tuple[dict,
 
 
 def rich_table(table: report.Table) -> Table:
-    out = Table(caption=table.note, header_style="bold")
+    out = Table(caption=table.note, header_style="bold", box=box.SIMPLE_HEAD)
     for i, column in enumerate(table.head):
-        out.add_column(
-            column, justify="right" if i else "left", no_wrap=not i, style="bold" if column.startswith("mlcore") else ""
-        )
+        out.add_column(column, justify="right" if i else "left", no_wrap=not i, style="bold" if column == "mlcore" else "")
     for line in table.body:
-        out.add_row(*line)
+        out.add_row(*[cell.replace(" ", "\N{NO-BREAK SPACE}") for cell in line])
     return out
 
 
@@ -176,7 +175,7 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     start = time.perf_counter()
-    console = Console() if sys.stdout.isatty() else Console(width=130)
+    console = Console() if sys.stdout.isatty() else Console(width=100)
     machine, versions = harness.cpu_machine(), ", ".join(f"{k} {v}" for k, v in harness.cpu_versions().items())
     about = f"{machine['device']}, {machine['isa']}, {machine['threads']} threads; {versions}"
     console.print(Panel(f"{about}\n\n{EXPLANATION}", title="mlcore", padding=(1, 2)))
@@ -188,10 +187,10 @@ def main() -> int:
     bert.print_pairs(console, bert.load_sentences(), embeddings)
     console.print()
 
-    kernels, wrong = compare_kernels(console, BUILD / "demo" / "kernels.json", seconds=20)
+    kernels, wrong = compare_kernels(console, BUILD / "demo" / "kernels.json", seconds=15)
     tables = [report.table_of(kernels, op) for op in report.ops_of(kernels)]
-    for table in tables:
-        console.print(rich_table(table))
+    for op in report.ops_of(kernels):
+        console.print(rich_table(report.table_of(kernels, op, brief=True)))
     wrong += [
         f"{r.workload} {r.dtype} {r.variant}: cosine {r.cosine_min:.7f} to the stock embedding" for r in results if not r.agrees
     ]

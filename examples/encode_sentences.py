@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import torch
 from harness import interleaved
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -275,7 +276,7 @@ def in_order(embeddings: torch.Tensor, workload: Workload) -> torch.Tensor:
     return embeddings[torch.tensor(workload.order).argsort()]
 
 
-def run(console: Console, budget: float = 40) -> tuple[list[Result], torch.Tensor]:
+def run(console: Console, budget: float = 32) -> tuple[list[Result], torch.Tensor]:
     """All comparisons, the races in about `budget` seconds. Returns the results and mlcore's sentence embeddings."""
     texts = [text for _, text in load_sentences()]
     tokenizer = load_tokenizer()
@@ -294,22 +295,21 @@ def run(console: Console, budget: float = 40) -> tuple[list[Result], torch.Tenso
 
 def results_table(results: list[Result]) -> Table:
     table = Table(
-        title="The same BERT, the same text: attention by torch and by mlcore",
-        caption="Cosine: to stock sdpa's fp32 embedding. Speed over the timed texts: best of three, interleaved.\n"
-        "In attention: share of a pass spent in the attention function; the rest is the same for all.",
+        title="One BERT, one text, attention by torch and by mlcore",
+        caption="timed: the texts that speed is measured on, best of three interleaved rounds.\n"
+        "in attention: the share of a pass spent in the attention function; the rest is the same for all.\n"
+        "cosine: to stock sdpa's fp32 embedding of the same text.",
+        box=box.SIMPLE_HEAD,
     )
-    left = ("text", "type", "attention")
-    for column in (*left, "texts", "timed", "texts/s", "stock sdpa = 1", "in attention", "least cosine", "mean cosine"):
-        table.add_column(column, justify="left" if column in left else "right")
+    for column in ("", "timed", "texts/s", "sdpa = 1", "in attention", "least cosine", "mean cosine"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for i, r in enumerate(results):
+        if i == 0 or (r.workload, r.dtype) != (results[i - 1].workload, results[i - 1].dtype):
+            table.add_row(f"{r.texts} {r.workload}, {r.dtype}")
         share = "" if r.attention_share is None else f"{r.attention_share:.0%}"
-        style = "bold" if r.variant.startswith("mlcore") else ""
-        cosine = f"{r.cosine_min:.7f}" if r.agrees else f"[red]{r.cosine_min:.7f}[/]"
-        last = i + 1 == len(results) or results[i + 1].dtype != r.dtype
-        table.add_row(
-            r.workload, r.dtype, r.variant, str(r.texts), str(r.timed), f"{r.per_second:.1f}", f"{r.ratio:.2f}", share, cosine,
-            f"{r.cosine_mean:.7f}", style=style, end_section=last,
-        )  # fmt: skip
+        cosines = [f"{r.cosine_min:.7f}" if r.agrees else f"[red]{r.cosine_min:.7f}[/]", f"{r.cosine_mean:.7f}"]
+        style = "bold" if r.variant == MLCORE.name else ""
+        table.add_row(f"  {r.variant}", str(r.timed), f"{r.per_second:.1f}", f"{r.ratio:.2f}", share, *cosines, style=style)
     return table
 
 
@@ -376,7 +376,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    console = Console() if sys.stdout.isatty() else Console(width=130)
+    console = Console() if sys.stdout.isatty() else Console(width=100)
     if args.query:
         workload = sentence_workload(load_tokenizer(), [text for _, text in load_sentences()])
         embeddings = in_order(embed(load_model(MLCORE, torch.float32), workload.batches()), workload)

@@ -83,8 +83,9 @@ def parse(report: str) -> dict[str, dict[str, Figures]]:
 
 def measure(source: Path) -> dict[str, dict[str, Figures]]:
     """The figures of one .cu file; compiled only where its sources have changed."""
+    folders = ROOT / "csrc" / "cuda", ROOT / "csrc" / "core", ROOT / "csrc" / "include" / "mlcore", source.parent
     inputs = sorted(
-        p for d in (ROOT / "csrc", source.parent) for p in d.rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".inl")
+        p for d in folders for p in d.glob("*") if p.suffix in (".h", ".cuh", ".cu") and not p.name.startswith("emu")
     )
     digest = hashlib.sha256(" ".join([release(), *FLAGS, *ARCHITECTURES]).encode())
     for path in inputs:

@@ -2,8 +2,6 @@
 // holds shared arrays alone. A fault leaves the faulting fiber where it is and ends the launch: kernels own nothing.
 #include "cuda/emu.h"
 
-#include <link.h>
-
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -14,6 +12,7 @@
 
 #include "core/status.h"
 #include "cuda/emu_fiber.h"
+#include "cuda/emu_shared.h"
 
 namespace mlcore::emu {
 
@@ -22,9 +21,6 @@ Now now;
 namespace {
 
 constexpr size_t kMaxSharedBytes = 227 << 10;  // of a block on sm_90
-constexpr size_t kRedZone = 1024;              // bytes watched on both sides of dynamic shared memory
-constexpr unsigned char kPoison = 0xff;        // every float, half and bfloat16 of such bytes is NaN
-constexpr unsigned char kRedByte = 0xa5;
 
 enum class State { runnable, in_barrier, in_warp, done };
 
@@ -48,15 +44,6 @@ struct Fiber {
   int groups = 0;            // committed
 };
 
-struct Range {
-  char* begin = nullptr;
-  size_t size = 0;
-  bool holds(const void* p, size_t bytes) const {
-    const char* c = static_cast<const char*>(p);
-    return c >= begin && c + bytes <= begin + size;
-  }
-};
-
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<unsigned> live_lanes, runnable_lanes;  // by warp
@@ -71,8 +58,7 @@ uint64_t seed_state = [] {
 StackPool stacks;
 Context scheduler;
 Block block;
-Range static_shared, dynamic_shared;
-std::vector<char> dynamic_storage;
+SharedMemory shared_memory;
 std::string fault_text;
 const char* kernel_name = "";
 void (*kernel_body)(void*) = nullptr;
@@ -238,43 +224,6 @@ void run_block(dim3 size) {
   if (fault_text.empty() && block.live > 0) set_fault(deadlock_text());
 }
 
-// The TLS block that the thread-local variable at `anchor` lies in: the __shared__ arrays of its library.
-Range tls_block_of(const void* anchor) {
-  struct Search {
-    const void* anchor;
-    Range found;
-  } search{anchor, {}};
-  dl_iterate_phdr(
-      [](dl_phdr_info* info, size_t, void* data) {
-        Search& s = *static_cast<Search*>(data);
-        for (int i = 0; i < info->dlpi_phnum; ++i) {
-          const Range tls{static_cast<char*>(info->dlpi_tls_data), info->dlpi_phdr[i].p_memsz};
-          if (info->dlpi_phdr[i].p_type == PT_TLS && tls.begin != nullptr && tls.holds(s.anchor, 1)) s.found = tls;
-        }
-        return s.found.begin != nullptr ? 1 : 0;
-      },
-      &search);
-  return search.found;
-}
-
-void check_red_zones() {
-  for (size_t i = 0; i < kRedZone; ++i) {
-    const auto byte = [](const char* p) { return static_cast<unsigned char>(*p); };
-    if (byte(dynamic_shared.begin - 1 - i) != kRedByte)
-      return set_fault("wrote " + std::to_string(i + 1) + " bytes before dynamic shared memory");
-    if (byte(dynamic_shared.begin + dynamic_shared.size + i) != kRedByte)
-      return set_fault("wrote byte " + std::to_string(dynamic_shared.size + i) + " of dynamic shared memory, which has " +
-                       std::to_string(dynamic_shared.size));
-  }
-}
-
-void prepare_shared(size_t dynamic_bytes) {
-  dynamic_storage.assign(dynamic_bytes + 2 * kRedZone + 128, static_cast<char>(kRedByte));
-  const uintptr_t first = reinterpret_cast<uintptr_t>(dynamic_storage.data()) + kRedZone;
-  dynamic_shared = {reinterpret_cast<char*>((first + 127) / 128 * 128), dynamic_bytes};
-  now.dynamic_smem = dynamic_shared.begin;
-}
-
 }  // namespace
 
 uint64_t random_bits() {  // splitmix64
@@ -322,7 +271,7 @@ void complete_vote(Vote* const (&p)[32], unsigned lanes) {
 }
 
 void check_shared(const char* what, const void* p, size_t bytes, size_t alignment) {
-  if (!dynamic_shared.holds(p, bytes) && !static_shared.holds(p, bytes)) fault("%s: %p is not in shared memory", what, p);
+  if (!shared_memory.holds(p, bytes)) fault("%s: %p is not in shared memory", what, p);
   if (reinterpret_cast<uintptr_t>(p) % alignment) fault("%s: shared address %p is no multiple of %zu", what, p, alignment);
 }
 
@@ -362,18 +311,17 @@ void launch(const char* name, dim3 grid, dim3 size, size_t dynamic_smem, const v
   fault_text.clear();
   now.block_dim = size;
   now.grid_dim = grid;
-  static_shared = tls_block_of(anchor);
-  prepare_shared(dynamic_smem);
+  now.dynamic_smem = shared_memory.prepare(anchor, dynamic_smem);
   std::vector<uint64_t> order(blocks);
   for (uint64_t i = 0; i < blocks; ++i) order[i] = i;
   shuffle(order);
   for (const uint64_t b : order) {
     now.block_idx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                      static_cast<unsigned>(b / (uint64_t{grid.x} * grid.y))};
-    std::memset(dynamic_shared.begin, kPoison, dynamic_shared.size);
-    if (static_shared.begin) std::memset(static_shared.begin, kPoison, static_shared.size);
+    shared_memory.poison();
     run_block(size);
-    if (fault_text.empty()) check_red_zones();
+    const std::string damage = shared_memory.damage();
+    if (!damage.empty()) set_fault(damage);
     if (!fault_text.empty()) fail(MLC_RUNTIME_ERROR, fault_text);
   }
 }

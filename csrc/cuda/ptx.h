@@ -1,10 +1,6 @@
 // PTX instructions as functions, each with a CPU body that follows the fragment layouts of the PTX ISA manual:
 // mma (bf16, f16, tf32, s8), ldmatrix, cp.async. Everything here needs sm_80 or later.
 // Not here yet: wgmma, TMA (cp.async.bulk.tensor) and mbarrier of sm_90a; a kernel that uses them brings them with a CPU body.
-//
-// Layouts, with g = lane / 4 and t = lane % 4; a register of 32 bits holds neighbours in k, the first in its low bits:
-//   A (16 x k): registers alternate rows g, g + 8, then the halves of k     B (k x 8): column g, registers step through k
-//   C, D (16 x 8): d[0], d[1] are row g, columns 2t, 2t + 1; d[2], d[3] are row g + 8
 #pragma once
 #include <type_traits>
 
@@ -14,6 +10,10 @@
 #endif
 
 namespace mlcore::cuda {
+
+// Layouts, with g = lane / 4 and t = lane % 4; a register of 32 bits holds neighbours in k, the first in its low bits:
+//   A (16 x k): registers alternate rows g, g + 8, then the halves of k     B (k x 8): column g, registers step through k
+//   C, D (16 x 8): d[0], d[1] are row g, columns 2t, 2t + 1; d[2], d[3] are row g + 8
 
 // d = a b + c with T = bf16 or f16, fp32 sums. a: (16, 16) row-major, b: (16, 8) column-major.
 //   a[0] row g, k 2t..2t+1    a[1] row g + 8    a[2] row g, k 2t+8..2t+9    a[3] row g + 8    b[i] k 2t+8i..2t+8i+1

@@ -169,7 +169,7 @@ void bwd_block(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_beg
     if (w.k_finite[c] || extras.sees_all()) {
       gemm<1, kTile, true>(nq, D, nk, w.dst, w.k + c * kTile * D, dq, p.dq_sum.st);  // dq (queries, D)
     } else {
-      careful_product(
+      careful_product<true>(
           nq, p.D, nk, w.k + c * kTile * D, dq, p.dq_sum.st, [&](int i, int j) { return extras.sees(j, i); },
           [&](int i, int j) { return w.dst[j * kTile + i]; });
     }

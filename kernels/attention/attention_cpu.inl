@@ -151,10 +151,13 @@ void fwd_tile(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, const
     if (!first) rescale_rows(w.o, ld, nq, w.alpha);
     any = true;
     if (!v_finite && !extras.sees_all()) {
-      if (first) memset(w.o, 0, sizeof(float) * static_cast<size_t>(kTile * ld));
-      careful_product(
-          nq, p.Dv, nk, v, w.o, ld, [&](int i, int j) { return extras.sees(j, i); },
-          [&](int i, int j) { return w.st[j * kTile + i]; });
+      const auto sees = [&](int i, int j) { return extras.sees(j, i); };
+      const auto weight = [&](int i, int j) { return w.st[j * kTile + i]; };
+      if (first) {
+        careful_product<false>(nq, p.Dv, nk, v, w.o, ld, sees, weight);
+      } else {
+        careful_product<true>(nq, p.Dv, nk, v, w.o, ld, sees, weight);
+      }
     } else if (first) {
       gemm<1, kTile, false>(nq, ld, nk, w.st, v, w.o, ld);  // o (queries, Dv)
     } else {

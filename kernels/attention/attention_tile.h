@@ -95,22 +95,20 @@ inline void load_bias(const AttentionProblem& p, int64_t b, int64_t h, int64_t q
   });
 }
 
-// A row-by-row product for tiles that hold infinities or NaN where some query must not see them: c[i, :] += w(i, k) * b[k, :]
-// over the k that use(i, k) names. b is in panels of kPanel columns, as gemm takes it, with K = depth.
-template <class Use, class Weight>
+// The product c[i, :] (+)= sum_k w(i, k) * b[k, :] for tiles that hold infinities or NaN where some query must not see them:
+// over the k that use(i, k) names, in gemm's order, so with gemm's bits. b is in panels as gemm takes it, with K = depth.
+template <bool kAccumulate, class Use, class Weight>
 void careful_product(int rows, int64_t cols, int depth, const float* b, float* c, int64_t ldc, Use&& use, Weight&& weight) {
   const int64_t padded_cols = padded(cols);
   for (int i = 0; i < rows; ++i)
-    for (int k = 0; k < depth; ++k) {
-      if (!use(i, k)) continue;
-      const Vec w = Vec::set1(weight(i, k));
-      for (int64_t n = 0; n < padded_cols; n += kPanel) {
-        const int64_t width = min<int64_t>(kPanel, padded_cols - n);
-        for (int64_t x = 0; x < width; x += Vec::W) {
-          float* out = c + i * ldc + n + x;
-          fma(w, Vec::load(b + n * depth + k * width + x), Vec::load(out)).store(out);
-        }
-      }
+    for (int64_t n = 0; n < padded_cols; n += Vec::W) {
+      const int64_t panel = n / kPanel * kPanel, width = min<int64_t>(kPanel, padded_cols - panel);
+      const float* column = b + panel * depth + (n - panel);
+      Vec total = Vec::zero();
+      for (int k = 0; k < depth; ++k)
+        if (use(i, k)) total = fma(Vec::set1(weight(i, k)), Vec::load(column + k * width), total);
+      float* out = c + i * ldc + n;
+      (kAccumulate ? Vec::load(out) + total : total).store(out);
     }
 }
 

@@ -82,13 +82,20 @@ def choose(op: str, impl: str | None, tensor: torch.Tensor) -> str:
         if reason is not None:
             raise ValueError(f"{op}: impl={impl!r} can't serve this call: {reason}")
         return impl
-    return _automatic(op, tensor.device, tensor.dtype)
+    return _automatic(op, tensor.device.type, tensor.dtype)
 
 
-@functools.lru_cache(maxsize=4096)
-def _automatic(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    order = ("cuda", "triton", "reference") if device.type == "cuda" else ("cpu", "reference")
-    return next(b for b in order if refusal(op, b, device, dtype) is None)
+@torch.compiler.assume_constant_result
+def _automatic(op: str, device: str, dtype: torch.dtype) -> str:
+    found = _chosen.get((op, device, dtype))
+    if found is None:
+        order = ("cuda", "triton", "reference") if device == "cuda" else ("cpu", "reference")
+        found = next(b for b in order if refusal(op, b, torch.device(device), dtype) is None)
+        _chosen[op, device, dtype] = found
+    return found
+
+
+_chosen: dict[tuple[str, str, torch.dtype], str] = {}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """Runs .cu files on the CPU: compiles them with the host compiler over csrc/cuda/emu.h and calls their C functions.
 
-    lib = emulator.load("kernels/rms_norm/rms_norm.cu")
-    lib.call("mlc_cuda_rms_norm_fwd", x, None, weight, 1e-6, y, None, rstd, None)
+    emulator.load("kernels/rms_norm/rms_norm.cu").call("mlc_cuda_rms_norm_fwd", x, None, weight, 1e-6, y, None, rstd, None)
 
-Libraries are kept under build/emu by the hash of their sources. The same Library calls kernels that nvcc built, on a GPU.
+Libraries stay under build/emu by the hash of their sources. Library also calls what nvcc built, on a GPU.
 """
 
 from __future__ import annotations

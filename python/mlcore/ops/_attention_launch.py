@@ -29,6 +29,11 @@ def _tile_list(mask, Tk):
     return row_ptr, cols, ids, bits, set_b, set_h
 
 
+def _offset(q, k, bottom_right):
+    """The band's offset: its diagonal meets the first query and key, or the last ones."""
+    return k.shape[2] - q.shape[2] if bottom_right else 0
+
+
 def _inner_contiguous(t):
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
@@ -43,18 +48,18 @@ def _new_lse(q):
     return q.new_empty(2, *q.shape[:3], dtype=torch.float32)
 
 
-def fwd_launch(q, k, v, mask, bias, seed, left, right, offset, scale, softcap, dropout_p, impl):
+def fwd_launch(q, k, v, mask, bias, seed, left, right, bottom_right, scale, softcap, dropout_p, impl):
     q, k, v = _inner_contiguous(q), _inner_contiguous(k), _inner_contiguous(v)
     o = _new_output(q, v)
     lse = _new_lse(q)
     fwd = kernel(_OP, "fwd", impl)
     tiles = _tile_list(mask, k.shape[2])
     number = int(seed) if seed is not None else 0
-    fwd(q, k, v, bias, left, right, offset, *tiles, scale, softcap, dropout_p, number, o, lse)
+    fwd(q, k, v, bias, left, right, _offset(q, k, bottom_right), *tiles, scale, softcap, dropout_p, number, o, lse)
     return o, lse
 
 
-def fwd_fake(q, k, v, mask, bias, seed, left, right, offset, scale, softcap, dropout_p, impl):
+def fwd_fake(q, k, v, mask, bias, seed, left, right, bottom_right, scale, softcap, dropout_p, impl):
     return _new_output(q, v), _new_lse(q)
 
 
@@ -69,7 +74,7 @@ def _new_gradients(q, k, v, bias, need_dbias):
 
 
 def bwd_launch(
-    q, k, v, mask, bias, seed, left, right, offset, scale, softcap, dropout_p, impl, o, lse, d_o, d_lse, need_dbias
+    q, k, v, mask, bias, seed, left, right, bottom_right, scale, softcap, dropout_p, impl, o, lse, d_o, d_lse, need_dbias
 ):
     per_key = need_dbias and bias.shape[3] == k.shape[2]
     dq, dk, dv, dbias = _new_gradients(q, k, v, bias, per_key)
@@ -79,7 +84,7 @@ def bwd_launch(
     tiles = _tile_list(mask, k.shape[2])
     number = int(seed) if seed is not None else 0
     bwd(
-        q, k, v, bias, left, right, offset, *tiles, scale, softcap, dropout_p, number,
+        q, k, v, bias, left, right, _offset(q, k, bottom_right), *tiles, scale, softcap, dropout_p, number,
         o, lse, _inner_contiguous(d_o), d_lse, dq, dk, dv, dbias if per_key else None,
     )  # fmt: skip
     if need_dbias:
@@ -98,7 +103,7 @@ def _reduced_dbias(dbias, bias, lse, d_lse, per_key):
 
 
 def bwd_fake(
-    q, k, v, mask, bias, seed, left, right, offset, scale, softcap, dropout_p, impl, o, lse, d_o, d_lse, need_dbias
+    q, k, v, mask, bias, seed, left, right, bottom_right, scale, softcap, dropout_p, impl, o, lse, d_o, d_lse, need_dbias
 ):
     dq, dk, dv, _ = _new_gradients(q, k, v, bias, False)
     dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if need_dbias else q.new_empty(0)

@@ -18,28 +18,23 @@ def norm_args(op, x, weight, bias, residual, eps, impl) -> tuple[torch.Tensor, t
 
     Under torch.autocast x and residual are promoted as x + residual would be; weight and bias are taken as they are.
     """
-    if x.dim() < 1:
-        raise ValueError(f"{op}: x must have at least one dimension; got shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"{op}: x must be a floating-point tensor; got {x.dtype}")
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if not shape:
+        raise ValueError(f"{op}: x must have at least one dimension; got shape ()")
+    if not dtype.is_floating_point:
+        raise ValueError(f"{op}: x must be a floating-point tensor; got {dtype}")
     if residual is not None:
-        if residual.shape != x.shape:
-            raise ValueError(f"{op}: residual must have x's shape {tuple(x.shape)}; got {tuple(residual.shape)}")
-        if residual.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
-            dtype = torch.promote_types(x.dtype, residual.dtype)
+        if residual.shape != shape:
+            raise ValueError(f"{op}: residual must have x's shape {tuple(shape)}; got {tuple(residual.shape)}")
+        if residual.dtype != dtype and torch.is_autocast_enabled(device.type):
+            dtype = torch.promote_types(dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
-        if residual.dtype != x.dtype or residual.device != x.device:
-            raise ValueError(f"{op}: residual must be {x.dtype} on {x.device} as x; got {residual.dtype} on {residual.device}")
-    cols = x.shape[-1]
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is None:
-            continue
-        if t.dim() != 1 or t.shape[0] != cols:
-            raise ValueError(f"{op}: {name} must have shape ({cols},), x's last dimension; got {tuple(t.shape)}")
-        if t.dtype != x.dtype and t.dtype != torch.float32:
-            raise ValueError(f"{op}: {name} must be {x.dtype} as x, or torch.float32; got {t.dtype}")
-        if t.device != x.device:
-            raise ValueError(f"{op}: {name} must be on {x.device} as x; got {t.device}")
+        if residual.dtype != dtype or residual.device != device:
+            raise ValueError(f"{op}: residual must be {dtype} on {device} as x; got {residual.dtype} on {residual.device}")
+    if weight is not None:
+        _check_vector(op, "weight", weight, shape[-1], dtype, device)
+    if bias is not None:
+        _check_vector(op, "bias", bias, shape[-1], dtype, device)
     if not eps >= 0:
         raise ValueError(f"{op}: eps must not be negative; got {eps}")
     if transformed():
@@ -49,12 +44,24 @@ def norm_args(op, x, weight, bias, residual, eps, impl) -> tuple[torch.Tensor, t
     return x, residual, choose(op, impl, x)
 
 
+def _check_vector(op, name, t, cols, dtype, device) -> None:
+    if t.shape != (cols,):
+        raise ValueError(f"{op}: {name} must have shape ({cols},), x's last dimension; got {tuple(t.shape)}")
+    if t.dtype != dtype and t.dtype != torch.float32:
+        raise ValueError(f"{op}: {name} must be {dtype} as x, or torch.float32; got {t.dtype}")
+    if t.device != device:
+        raise ValueError(f"{op}: {name} must be on {device} as x; got {t.device}")
+
+
 def rows_of(t: torch.Tensor | None) -> torch.Tensor | None:
     """t as (R, C) with contiguous rows; a copy only where the strides force one. None stays None."""
     if t is None:
         return None
-    rows = t if t.dim() == 2 else t.unsqueeze(0) if t.dim() == 1 else t.flatten(0, -2)  # (R, C)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    if t.dim() != 2:
+        if t.is_contiguous() and t.shape[-1]:
+            return t.view(-1, t.shape[-1])
+        t = t.unsqueeze(0) if t.dim() == 1 else t.flatten(0, -2)  # (R, C)
+    return t if t.stride(1) == 1 else t.contiguous()
 
 
 def new_rows(rows: torch.Tensor) -> torch.Tensor:

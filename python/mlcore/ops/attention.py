@@ -13,9 +13,13 @@ from ._attention_launch import bwd_fake, bwd_launch, fwd_fake, fwd_launch
 _OP = "attention"
 _MAX_HEAD_DIM = 256  # of the kernels; the reference takes any
 
-# Band: query i sees key j where i + offset - left <= j <= i + offset + right; -1 is no limit. mask and bias are 4-D, their
+# Band: query i sees key j where i + offset - left <= j <= i + offset + right, -1 being no limit; bottom_right says that
+# offset is Tk - Tq and not 0. (A number made of sizes would be a constant in a compiled graph.) mask and bias are 4-D, their
 # dimensions those of the scores or 1. seed: one int64, read only with dropout.
-_ARGS = "Tensor? mask, Tensor? bias, Tensor? seed, int left, int right, int offset, float scale, float softcap, float dropout_p, str impl"
+_ARGS = (
+    "Tensor? mask, Tensor? bias, Tensor? seed, int left, int right, bool bottom_right, float scale, float softcap, "
+    "float dropout_p, str impl"
+)
 _fwd = register(
     f"attention_fwd(Tensor q, Tensor k, Tensor v, {_ARGS}) -> (Tensor o, Tensor lse)",
     launch=fwd_launch,
@@ -104,7 +108,7 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or values break the rules above, or impl can't serve the call.
     """
-    band = (0, k.shape[2] - q.shape[2]) if causal and q.dim() == k.dim() == 4 else (-1, 0)
+    band = (0, True) if causal else (-1, False)
     return _attention(q, k, v, pattern, bias, band, scale, softcap, dropout_p, return_lse, impl)
 
 
@@ -149,7 +153,7 @@ def scaled_dot_product_attention(
         mask = attn_mask if len(lead) <= 2 else attn_mask.expand(*lead, *attn_mask.shape[-2:]).flatten(0, -4)
     is_bool = mask is not None and mask.dtype == torch.bool
     pattern, bias = (mask, None) if is_bool else (None, mask)
-    o = _attention(q, k, v, pattern, bias, (0, 0) if is_causal else (-1, 0), scale, None, dropout_p, False, None)
+    o = _attention(q, k, v, pattern, bias, (0, False) if is_causal else (-1, False), scale, None, dropout_p, False, None)
     return o if len(lead) == 2 else o.reshape(*lead, *o.shape[-2:])
 
 
@@ -181,7 +185,7 @@ def _four_dims(query, key, value, enable_gqa):
 
 
 def _attention(q, k, v, pattern, bias, band, scale, softcap, dropout_p, return_lse, impl):
-    """Checks and completes the arguments. band: (right, offset) as attention.h has them, right = -1 for none."""
+    """Checks and completes the arguments. band: (right, bottom_right)."""
     _check_qkv(q, k, v)
     Tk, D = k.shape[2], q.shape[3]
     if scale is None:
@@ -232,7 +236,7 @@ def _broadcastable(name, t, q, Tk):
     return t if t.dim() == 4 else t[(None,) * (4 - t.dim())]
 
 
-def _run(q, k, v, mask, bias, left, right, offset, scale, softcap, dropout_p, return_lse, impl):
+def _run(q, k, v, mask, bias, left, right, bottom_right, scale, softcap, dropout_p, return_lse, impl):
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = autocast(q.device.type, q, k, v)
     if transformed():
@@ -249,11 +253,11 @@ def _run(q, k, v, mask, bias, left, right, offset, scale, softcap, dropout_p, re
     if bias is not None and bias.dtype == torch.float64 and backend != "reference":
         bias = bias.float()
     if backend == "reference":
-        o, lse = _reference(q, k, v, mask, bias, seed, left, right, offset, scale, softcap, dropout_p)
+        o, lse = _reference(q, k, v, mask, bias, seed, left, right, bottom_right, scale, softcap, dropout_p)
         return (o, lse) if return_lse else o
     if bias is not None and bias.stride(3) not in (0, 1):
         bias = bias.contiguous()
-    args = (mask, bias, seed, left, right, offset, scale, softcap or 0.0, dropout_p, backend)
+    args = (mask, bias, seed, left, right, bottom_right, scale, softcap or 0.0, dropout_p, backend)
     if needs_grad(q, k, v, bias):
         o, lse = _Attention.apply(q, k, v, *args)
     elif direct(q, k, v, mask, bias):
@@ -263,11 +267,12 @@ def _run(q, k, v, mask, bias, left, right, offset, scale, softcap, dropout_p, re
     return (o, lse[0]) if return_lse else o
 
 
-def _reference(q, k, v, mask, bias, seed, left, right, offset, scale, softcap, dropout_p):
+def _reference(q, k, v, mask, bias, seed, left, right, bottom_right, scale, softcap, dropout_p):
     from ..kernels.attention import attention_ref
 
     if left >= 0 or right >= 0:
         limits = (None if left < 0 else left, None if right < 0 else right)
+        offset = k.shape[2] - q.shape[2] if bottom_right else 0
         band = attention_ref.band_mask(q.shape[2], k.shape[2], *limits, offset, q.device)
         mask = band if mask is None else mask & band
     number = int(seed) if seed is not None else 0
