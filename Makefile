@@ -46,7 +46,8 @@ check: $(STAMPS)/test  ## format, lint, house rules, generated tables
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
-	$(if $(wildcard bench/report.py),$(BIN)/python bench/report.py --check)
+	$(BIN)/python bench/report.py --check
+	$(BIN)/python tools/support_table.py --check
 	$(BIN)/python -m pytest -q tests/native/test_table.py
 
 format: $(STAMPS)/test  ## rewrite the sources as `check` wants them
@@ -82,7 +83,7 @@ FORCE:
 $(STAMPS)/torch: $(STAMPS)/torch.txt constraints.txt
 	$(PIP) install $(TORCH)
 	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(STAMPS)/held.txt
-	$(PIP) install -c constraints.txt scikit-build-core pybind11 cmake ninja
+	$(PIP) install -c constraints.txt 'pip>=23' scikit-build-core pybind11 cmake ninja
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/torch $(STAMPS)/files.txt $(NATIVE_FILES)

@@ -297,15 +297,16 @@ def results_table(results: list[Result]) -> Table:
     table = Table(
         title="One BERT, one text, attention by torch and by mlcore",
         caption="timed: the texts that speed is measured on, best of three interleaved rounds.\n"
-        "in attention: the share of a pass spent in the attention function; the rest is the same for all.\n"
+        "share: the part of a pass spent in the attention function itself.\n"
         "cosine: to stock sdpa's fp32 embedding of the same text.",
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,
     )
-    for column in ("", "timed", "texts/s", "sdpa = 1", "in attention", "least cosine", "mean cosine"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
+    for column in ("", "timed", "texts/s", "sdpa\n= 1", "share", "least\ncosine", "mean\ncosine"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for i, r in enumerate(results):
         if i == 0 or (r.workload, r.dtype) != (results[i - 1].workload, results[i - 1].dtype):
-            table.add_row(f"{r.texts} {r.workload}, {r.dtype}")
+            table.add_row(f"{r.texts} {r.workload[: -1 if r.texts == 1 else None]}, {r.dtype}")
         share = "" if r.attention_share is None else f"{r.attention_share:.0%}"
         cosines = [f"{r.cosine_min:.7f}" if r.agrees else f"[red]{r.cosine_min:.7f}[/]", f"{r.cosine_mean:.7f}"]
         style = "bold" if r.variant == MLCORE.name else ""

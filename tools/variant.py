@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import sysconfig
 import venv
 from pathlib import Path
 
@@ -23,9 +22,8 @@ def environment(home: Path, *, site_packages: list[str]) -> Path:
     python = home / "bin" / "python"
     if not python.exists():
         venv.EnvBuilder(symlinks=True).create(home)
-    purelib = Path(sysconfig.get_path("purelib", "venv" if "venv" in sysconfig.get_scheme_names() else "posix_prefix",
-                                      vars={"base": str(home), "platbase": str(home)}))
-    (purelib / "base.pth").write_text("".join(f"{path}\n" for path in site_packages))
+    (library,) = home.glob("lib/python*/site-packages")
+    (library / "base.pth").write_text("".join(f"{path}\n" for path in site_packages))
     return python
 
 
@@ -38,9 +36,9 @@ def build(name: str, defines: list[str]) -> Path:
     """Builds and installs the variant into build/<name>; returns its Python."""
     home = ROOT / "build" / name
     python = environment(home / "venv", site_packages=here())
-    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps",
-               "--no-build-isolation", f"-Cbuild-dir={home / 'cmake'}", *(f"-Ccmake.define.{d}" for d in defines), "-e", str(ROOT)]
-    done = subprocess.run(command, stdout=sys.stderr)
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps"]
+    options = [f"-Cbuild-dir={home / 'cmake'}", *(f"-Ccmake.define.{d}" for d in defines)]
+    done = subprocess.run([*pip, "--no-build-isolation", *options, "-e", str(ROOT)], stdout=sys.stderr)
     if done.returncode != 0:
         raise SystemExit(f"variant {name}: the build failed")
     return python

@@ -24,8 +24,7 @@ Isa detect() {
 Isa parse(const char* name, const char* source) {
   for (Isa isa : kAll) {
     if (std::strcmp(name, name_of(isa)) != 0) continue;
-    if (isa > best_isa())
-      fail(MLC_UNSUPPORTED, source, "=", name, ": this machine's highest level is ", name_of(best_isa()));
+    if (isa > best_isa()) fail(MLC_UNSUPPORTED, source, "=", name, ": this machine's highest level is ", name_of(best_isa()));
     return isa;
   }
   fail(MLC_INVALID_ARGUMENT, source, " must be scalar, avx2 or avx512; got \"", name, "\"");

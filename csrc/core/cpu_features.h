@@ -19,22 +19,22 @@ bool avx512_is_emulated();
 
 // MLC_KERNEL_TABLE(Type, name) declares name, an instance of Type compiled once per ISA, and name##_now(), the current one.
 #if defined(MLC_BUILD_X86)
-#define MLC_KERNEL_TABLE(Type, name)            \
-  namespace scalar {                            \
-  extern const Type name;                       \
-  }                                             \
-  namespace avx2 {                              \
-  extern const Type name;                       \
-  }                                             \
-  namespace avx512 {                            \
-  extern const Type name;                       \
-  }                                             \
-  inline const Type& name##_now() {             \
-    switch (current_isa()) {                    \
-      case Isa::avx512: return avx512::name;    \
-      case Isa::avx2: return avx2::name;        \
-      default: return scalar::name;             \
-    }                                           \
+#define MLC_KERNEL_TABLE(Type, name)         \
+  namespace scalar {                         \
+  extern const Type name;                    \
+  }                                          \
+  namespace avx2 {                           \
+  extern const Type name;                    \
+  }                                          \
+  namespace avx512 {                         \
+  extern const Type name;                    \
+  }                                          \
+  inline const Type& name##_now() {          \
+    switch (current_isa()) {                 \
+      case Isa::avx512: return avx512::name; \
+      case Isa::avx2: return avx2::name;     \
+      default: return scalar::name;          \
+    }                                        \
   }
 #else
 #define MLC_KERNEL_TABLE(Type, name) \

@@ -19,22 +19,17 @@ inline const char* name_of(Dtype d) {
 inline Dtype dtype_of(const DLDataType& t) {
   if (t.lanes != 1) return Dtype::unknown;
   switch (t.code) {
-    case kDLFloat:
-      return t.bits == 32 ? Dtype::f32 : t.bits == 16 ? Dtype::f16 : t.bits == 64 ? Dtype::f64 : Dtype::unknown;
-    case kDLBfloat:
-      return t.bits == 16 ? Dtype::bf16 : Dtype::unknown;
+    case kDLFloat: return t.bits == 32 ? Dtype::f32 : t.bits == 16 ? Dtype::f16 : t.bits == 64 ? Dtype::f64 : Dtype::unknown;
+    case kDLBfloat: return t.bits == 16 ? Dtype::bf16 : Dtype::unknown;
     case kDLInt:
       return t.bits == 8    ? Dtype::i8
              : t.bits == 16 ? Dtype::i16
              : t.bits == 32 ? Dtype::i32
              : t.bits == 64 ? Dtype::i64
                             : Dtype::unknown;
-    case kDLUInt:
-      return t.bits == 8 ? Dtype::u8 : t.bits == 64 ? Dtype::u64 : Dtype::unknown;
-    case kDLBool:
-      return t.bits == 8 ? Dtype::boolean : Dtype::unknown;
-    default:
-      return Dtype::unknown;
+    case kDLUInt: return t.bits == 8 ? Dtype::u8 : t.bits == 64 ? Dtype::u64 : Dtype::unknown;
+    case kDLBool: return t.bits == 8 ? Dtype::boolean : Dtype::unknown;
+    default: return Dtype::unknown;
   }
 }
 
@@ -108,7 +103,8 @@ class Tensor {
     int64_t compact = 1;
     for (int i = given().ndim - 1; i >= 0; --i) {
       if (numel_ > 0 && size(i) != 1 && stride(i) != compact)
-        fail(MLC_INVALID_ARGUMENT, op_, ": ", name_, " must be contiguous; got strides ", list_of(strides_, strides_ + t_->ndim));
+        fail(MLC_INVALID_ARGUMENT, op_, ": ", name_, " must be contiguous; got strides ",
+             list_of(strides_, strides_ + t_->ndim));
       compact *= size(i);
     }
     return *this;

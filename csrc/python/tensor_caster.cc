@@ -42,16 +42,19 @@ const TypeEntry& entry_of(py::handle source, const char* function, int index) {
     const py::handle t(reinterpret_cast<PyObject*>(type));
     if (wraps_other_data(type))
       type_error(function, index,
-                 "is a " + type_name(source) + ", which holds no data of its own; call the public function in mlcore.ops or torch.ops.mlcore");
+                 "is a " + type_name(source) +
+                     ", which holds no data of its own; call the public function in mlcore.ops or torch.ops.mlcore");
     if (py::hasattr(t, "__dlpack_c_exchange_api__")) {
       const py::object capsule = t.attr("__dlpack_c_exchange_api__");
       entry.api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
       if (entry.api == nullptr) PyErr_Clear();
-      const bool usable = entry.api != nullptr && entry.api->header.version.major == 1 && entry.api->dltensor_from_py_object_no_sync;
+      const bool usable =
+          entry.api != nullptr && entry.api->header.version.major == 1 && entry.api->dltensor_from_py_object_no_sync;
       if (!usable) entry.api = nullptr;
     }
     entry.is_torch = py::hasattr(t, "requires_grad") && py::hasattr(t, "data_ptr");
-    if (entry.api == nullptr && !entry.is_torch) type_error(function, index, "must be a torch.Tensor; got " + type_name(source));
+    if (entry.api == nullptr && !entry.is_torch)
+      type_error(function, index, "must be a torch.Tensor; got " + type_name(source));
     Py_INCREF(reinterpret_cast<PyObject*>(type));  // the cache's key stays alive
     it = cache.emplace(type, entry).first;
   }
@@ -84,9 +87,9 @@ void refuse_lazy_state(py::handle source, const char* function, int index) {
 
 DLDataType dtype_by_name(const std::string& name) {
   static const std::unordered_map<std::string, DLDataType> known = {
-      {"torch.float32", {kDLFloat, 32, 1}}, {"torch.float64", {kDLFloat, 64, 1}}, {"torch.float16", {kDLFloat, 16, 1}},
-      {"torch.bfloat16", {kDLBfloat, 16, 1}}, {"torch.bool", {kDLBool, 8, 1}},    {"torch.int8", {kDLInt, 8, 1}},
-      {"torch.uint8", {kDLUInt, 8, 1}},       {"torch.int16", {kDLInt, 16, 1}},   {"torch.int32", {kDLInt, 32, 1}},
+      {"torch.float32", {kDLFloat, 32, 1}},   {"torch.float64", {kDLFloat, 64, 1}}, {"torch.float16", {kDLFloat, 16, 1}},
+      {"torch.bfloat16", {kDLBfloat, 16, 1}}, {"torch.bool", {kDLBool, 8, 1}},      {"torch.int8", {kDLInt, 8, 1}},
+      {"torch.uint8", {kDLUInt, 8, 1}},       {"torch.int16", {kDLInt, 16, 1}},     {"torch.int32", {kDLInt, 32, 1}},
       {"torch.int64", {kDLInt, 64, 1}},       {"torch.uint64", {kDLUInt, 64, 1}}};
   const auto it = known.find(name);
   return it == known.end() ? DLDataType{kDLOpaqueHandle, 8, 1} : it->second;
@@ -113,7 +116,8 @@ void TensorArg::load(py::handle source, const char* function, int index, bool ch
     int64_t numel = 1;
     for (int i = 0; i < tensor_.ndim; ++i) numel *= tensor_.shape[i];
     if (numel > 0)
-      type_error(function, index, "is a " + type_name(source) + " without data; call torch.ops.mlcore or the public function in mlcore.ops");
+      type_error(function, index,
+                 "is a " + type_name(source) + " without data; call torch.ops.mlcore or the public function in mlcore.ops");
   }
   present_ = true;
 }

@@ -40,8 +40,8 @@ Schedule make_schedule(const Args& a, int64_t B, int64_t H, int64_t Tq, int64_t 
   const Tensor row_ptr(a.row_ptr, kOp, "row_ptr"), cols(a.cols, kOp, "cols"), ids(a.ids, kOp, "ids"), bits(a.bits, kOp, "bits");
   if (!row_ptr.present()) return s;
   require(cols.present() && ids.present() && bits.present(), kOp, ": row_ptr needs cols, ids and bits");
-  require((a.set_b == 1 || a.set_b == B) && (a.set_h == 1 || a.set_h == H), kOp, ": set_b, set_h must be 1 or B, H = ", B, ", ", H,
-          "; got ", a.set_b, ", ", a.set_h);
+  require((a.set_b == 1 || a.set_b == B) && (a.set_h == 1 || a.set_h == H), kOp, ": set_b, set_h must be 1 or B, H = ", B, ", ",
+          H, "; got ", a.set_b, ", ", a.set_h);
   row_ptr.on(kDLCPU).dtype_in({Dtype::i64}).rank_is(1, "(sets * q_tiles + 1)").contiguous();
   const int64_t sets = a.set_b * a.set_h, listed = row_ptr.numel() - 1;
   require(listed == sets * s.q_tiles || listed == sets, kOp, ": row_ptr must have ", sets * s.q_tiles + 1, " or ", sets + 1,
@@ -97,12 +97,13 @@ AttentionProblem make_problem(const Args& a) {
     const int64_t full[] = {p.B, p.H, p.Tq, p.Tk};
     int64_t strides[4];
     for (int i = 0; i < 4; ++i) {
-      require(bias.size(i) == full[i] || bias.size(i) == 1, kOp, ": bias must be (B|1, H|1, Tq|1, Tk|1) with (B, H, Tq, Tk) = (", p.B,
-              ", ", p.H, ", ", p.Tq, ", ", p.Tk, "); got ", bias.shape_text());
+      require(bias.size(i) == full[i] || bias.size(i) == 1, kOp,
+              ": bias must be (B|1, H|1, Tq|1, Tk|1) with (B, H, Tq, Tk) = (", p.B, ", ", p.H, ", ", p.Tq, ", ", p.Tk,
+              "); got ", bias.shape_text());
       strides[i] = bias.size(i) == 1 ? 0 : bias.stride(i);
     }
-    require(bias.size(3) == 1 || strides[3] == 1 || strides[3] == 0, kOp, ": bias must be contiguous or expanded in its last dimension; got stride ",
-            strides[3]);
+    require(bias.size(3) == 1 || strides[3] == 1 || strides[3] == 0, kOp,
+            ": bias must be contiguous or expanded in its last dimension; got stride ", strides[3]);
     p.bias = bias.raw(), p.bias_dtype = bias.dtype();
     p.bias_sb = strides[0], p.bias_sh = strides[1], p.bias_sq = strides[2], p.bias_sk = strides[3];
   }
@@ -165,8 +166,8 @@ void fwd(const Args& a, const DLTensor* o_, const DLTensor* lse_) {
         });
         parallel_claim(heads * s.q_tiles, plan.threads, [&](int64_t n, int thread) {
           const int64_t local = n % heads / p.group(), pair = first + local, g = n % heads % p.group();
-          kernels.fwd(p, pair / p.Hkv, pair % p.Hkv * p.group() + g, query_tile(n / heads), panels_at(shared + local * plan.pair_floats),
-                      own + thread * scratch_floats);
+          kernels.fwd(p, pair / p.Hkv, pair % p.Hkv * p.group() + g, query_tile(n / heads),
+                      panels_at(shared + local * plan.pair_floats), own + thread * scratch_floats);
         });
       }
       break;
@@ -197,7 +198,8 @@ class Turns {
   }
   static void leave(void* self, int64_t h, int64_t qt) {
     const Block& x = *static_cast<Block*>(self);
-    x.turns->done_[(x.b * x.turns->p_.H + h) * x.turns->tiles_ + qt].store(static_cast<int32_t>(x.block), std::memory_order_release);
+    x.turns->done_[(x.b * x.turns->p_.H + h) * x.turns->tiles_ + qt].store(static_cast<int32_t>(x.block),
+                                                                           std::memory_order_release);
   }
 
  private:
@@ -206,8 +208,8 @@ class Turns {
   std::unique_ptr<std::atomic<int32_t>[]> done_;
 };
 
-void bwd(const Args& a, const DLTensor* o_, const DLTensor* lse_, const DLTensor* d_o_, const DLTensor* d_lse_, const DLTensor* dq_,
-         const DLTensor* dk_, const DLTensor* dv_, const DLTensor* dbias_) {
+void bwd(const Args& a, const DLTensor* o_, const DLTensor* lse_, const DLTensor* d_o_, const DLTensor* d_lse_,
+         const DLTensor* dq_, const DLTensor* dk_, const DLTensor* dv_, const DLTensor* dbias_) {
   AttentionProblem p = make_problem(a);
   const Tensor o(o_, kOp, "o"), lse(lse_, kOp, "lse"), d_o(d_o_, kOp, "d_o"), d_lse(d_lse_, kOp, "d_lse"), dq(dq_, kOp, "dq"),
       dk(dk_, kOp, "dk"), dv(dv_, kOp, "dv"), dbias(dbias_, kOp, "dbias");
@@ -224,7 +226,10 @@ void bwd(const Args& a, const DLTensor* o_, const DLTensor* lse_, const DLTensor
   if (dbias.present()) {
     require(p.bias != nullptr, kOp, ": dbias needs bias");
     const Tensor bias(a.bias, kOp, "bias");
-    dbias.on(kDLCPU).dtype_in({Dtype::f32}).shape_is({bias.size(0), bias.size(1), bias.size(2), p.Tk}, "(B|1, H|1, Tq|1, Tk)").contiguous();
+    dbias.on(kDLCPU)
+        .dtype_in({Dtype::f32})
+        .shape_is({bias.size(0), bias.size(1), bias.size(2), p.Tk}, "(B|1, H|1, Tq|1, Tk)")
+        .contiguous();
     p.dbias = dbias.data<float>();
     bias_shared_b = bias.size(0) == 1 && p.B > 1, bias_shared_h = bias.size(1) == 1 && p.H > 1;
     p.dbias_sq = bias.size(2) == 1 ? 0 : p.Tk;
@@ -237,7 +242,8 @@ void bwd(const Args& a, const DLTensor* o_, const DLTensor* lse_, const DLTensor
   const int64_t rows = p.B * p.H * p.Tq;
   // Key blocks of all pairs that add to the same part of dbias are one unit: its pairs take their turn inside the block.
   const int64_t b_in_unit = bias_shared_b ? p.B : 1, hkv_in_unit = bias_shared_h ? p.Hkv : 1;
-  const int64_t units_b = p.B / std::max<int64_t>(b_in_unit, 1), units_h = p.Hkv / std::max<int64_t>(hkv_in_unit, 1), units = units_b * units_h;
+  const int64_t units_b = p.B / std::max<int64_t>(b_in_unit, 1), units_h = p.Hkv / std::max<int64_t>(hkv_in_unit, 1),
+                units = units_b * units_h;
   const BwdPlan plan(p, kernels.width, num_threads(), units);
   const int64_t scratch_floats = kernels.bwd_scratch(p, plan.block_tiles);
   const bool in_place = p.dtype == Dtype::f32 && p.D % kernels.width == 0;
@@ -270,22 +276,23 @@ void bwd(const Args& a, const DLTensor* o_, const DLTensor* lse_, const DLTensor
 }  // namespace
 }  // namespace mlcore
 
-int mlc_attention_fwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, int64_t left, int64_t right,
-                      int64_t offset, const DLTensor* row_ptr, const DLTensor* cols, const DLTensor* ids, const DLTensor* bits,
-                      int64_t set_b, int64_t set_h, double scale, double softcap, double dropout_p, int64_t seed, DLTensor* o,
-                      DLTensor* lse) {
+int mlc_attention_fwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, int64_t left,
+                      int64_t right, int64_t offset, const DLTensor* row_ptr, const DLTensor* cols, const DLTensor* ids,
+                      const DLTensor* bits, int64_t set_b, int64_t set_h, double scale, double softcap, double dropout_p,
+                      int64_t seed, DLTensor* o, DLTensor* lse) {
   return mlcore::guard([&] {
-    mlcore::fwd({q, k, v, bias, row_ptr, cols, ids, bits, left, right, offset, set_b, set_h, scale, softcap, dropout_p, seed}, o, lse);
+    mlcore::fwd({q, k, v, bias, row_ptr, cols, ids, bits, left, right, offset, set_b, set_h, scale, softcap, dropout_p, seed},
+                o, lse);
   });
 }
 
-int mlc_attention_bwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, int64_t left, int64_t right,
-                      int64_t offset, const DLTensor* row_ptr, const DLTensor* cols, const DLTensor* ids, const DLTensor* bits,
-                      int64_t set_b, int64_t set_h, double scale, double softcap, double dropout_p, int64_t seed, const DLTensor* o,
-                      const DLTensor* lse, const DLTensor* d_o, const DLTensor* d_lse, DLTensor* dq, DLTensor* dk, DLTensor* dv,
-                      DLTensor* dbias) {
+int mlc_attention_bwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, int64_t left,
+                      int64_t right, int64_t offset, const DLTensor* row_ptr, const DLTensor* cols, const DLTensor* ids,
+                      const DLTensor* bits, int64_t set_b, int64_t set_h, double scale, double softcap, double dropout_p,
+                      int64_t seed, const DLTensor* o, const DLTensor* lse, const DLTensor* d_o, const DLTensor* d_lse,
+                      DLTensor* dq, DLTensor* dk, DLTensor* dv, DLTensor* dbias) {
   return mlcore::guard([&] {
-    mlcore::bwd({q, k, v, bias, row_ptr, cols, ids, bits, left, right, offset, set_b, set_h, scale, softcap, dropout_p, seed}, o, lse, d_o,
-                d_lse, dq, dk, dv, dbias);
+    mlcore::bwd({q, k, v, bias, row_ptr, cols, ids, bits, left, right, offset, set_b, set_h, scale, softcap, dropout_p, seed},
+                o, lse, d_o, d_lse, dq, dk, dv, dbias);
   });
 }

@@ -4,9 +4,9 @@
 //   o[b,h,i,:] = sum_j keep[b,h,i,j] / (1 - dropout_p) * p[b,h,i,j] * v[b,g,j,:]
 //   lse[0,b,h,i] = log sum_j exp(s + bias)[b,h,i,j]                    (natural logarithm)
 // A query that sees no key has o = 0, lse[0] = -inf and no gradient. What keys hold that a query doesn't see never reaches it.
-//   q, o : (B, H, Tq, D), (B, H, Tq, Dv)     k, v : (B, Hkv, Tk, D), (B, Hkv, Tk, Dv), Hkv divides H; float32, bfloat16, float16
-//   bias : (B|1, H|1, Tq|1, Tk|1), any of the three dtypes, NULL is none
-//   lse : (2, B, H, Tq) fp32: lse[0] as above, lse[1] what its rounding lost: p = exp(s + bias - lse[0]) * lse[1]
+//   q, o : (B, H, Tq, D), (B, H, Tq, Dv)     k, v : (B, Hkv, Tk, D), (B, Hkv, Tk, Dv), Hkv divides H; float32, bfloat16,
+//   float16 bias : (B|1, H|1, Tq|1, Tk|1), any of the three dtypes, NULL is none lse : (2, B, H, Tq) fp32: lse[0] as above,
+//   lse[1] what its rounding lost: p = exp(s + bias - lse[0]) * lse[1]
 // The last dimension of q, k, v, o is contiguous; other strides are free. Sums are fp32.
 //
 // Who sees whom: query i sees key j where i + offset - left <= j <= i + offset + right (negative left or right: no limit),
@@ -23,23 +23,23 @@
 // softcap 0 is none. dropout_p in [0, 1]; keep is a function of seed, b, h, i and j alone (attention_dropout.h).
 MLC_API int mlc_attention_fwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, int64_t left,
                               int64_t right, int64_t offset, const DLTensor* row_ptr, const DLTensor* cols, const DLTensor* ids,
-                              const DLTensor* bits, int64_t set_b, int64_t set_h, double scale, double softcap, double dropout_p,
-                              int64_t seed, DLTensor* o, DLTensor* lse);
+                              const DLTensor* bits, int64_t set_b, int64_t set_h, double scale, double softcap,
+                              double dropout_p, int64_t seed, DLTensor* o, DLTensor* lse);
 
-// Gradients of sum(o * d_o) + sum(lse[0] * d_lse). d_lse (B, H, Tq) may be NULL; dbias (fp32, bias's shape, contiguous, zeroed) may be NULL.
-// dbias's last dimension must be Tk: of a bias that is the same for all keys the gradient is the sum of d_lse.
-// dq, dk, dv: dtypes and shapes of q, k, v, contiguous in the last dimension.
+// Gradients of sum(o * d_o) + sum(lse[0] * d_lse). d_lse (B, H, Tq) may be NULL; dbias (fp32, bias's shape, contiguous, zeroed)
+// may be NULL. dbias's last dimension must be Tk: of a bias that is the same for all keys the gradient is the sum of d_lse. dq,
+// dk, dv: dtypes and shapes of q, k, v, contiguous in the last dimension.
 MLC_API int mlc_attention_bwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, int64_t left,
                               int64_t right, int64_t offset, const DLTensor* row_ptr, const DLTensor* cols, const DLTensor* ids,
-                              const DLTensor* bits, int64_t set_b, int64_t set_h, double scale, double softcap, double dropout_p, int64_t seed,
-                              const DLTensor* o, const DLTensor* lse, const DLTensor* d_o, const DLTensor* d_lse, DLTensor* dq,
-                              DLTensor* dk, DLTensor* dv, DLTensor* dbias);
+                              const DLTensor* bits, int64_t set_b, int64_t set_h, double scale, double softcap,
+                              double dropout_p, int64_t seed, const DLTensor* o, const DLTensor* lse, const DLTensor* d_o,
+                              const DLTensor* d_lse, DLTensor* dq, DLTensor* dk, DLTensor* dv, DLTensor* dbias);
 
 // A dense boolean mask (set_b, set_h, Tq|1, Tk), any strides, as a tile list, in two calls: the first fills codes
 // (sets, q_tiles, k_tiles) int32 with -2 (skip), -1 (full) or the row of bits, and counts (2) int64 with the number of listed
 // tiles and of rows of bits; the second fills the lists, allocated by those counts.
 MLC_API int mlc_attention_mask_codes(const DLTensor* mask, DLTensor* codes, DLTensor* counts);
-MLC_API int mlc_attention_mask_tiles(const DLTensor* mask, const DLTensor* codes, DLTensor* row_ptr, DLTensor* cols, DLTensor* ids,
-                                     DLTensor* bits);
+MLC_API int mlc_attention_mask_tiles(const DLTensor* mask, const DLTensor* codes, DLTensor* row_ptr, DLTensor* cols,
+                                     DLTensor* ids, DLTensor* bits);
 
 #endif  // MLCORE_ATTENTION_H_

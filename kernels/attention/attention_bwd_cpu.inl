@@ -9,9 +9,9 @@ namespace mlcore::MLC_ISA {
 namespace {
 
 struct BwdScratch {
-  float *kt, *k, *vt, *dk, *dv;          // per key tile of the block
+  float *kt, *k, *vt, *dk, *dv;                      // per key tile of the block
   float *qt, *q, *dot, *d_o, *lse, *factor, *delta;  // one query tile
-  float *pt, *dst, *bias, *raw;          // one tile
+  float *pt, *dst, *bias, *raw;                      // one tile
   uint32_t* drop_keys;
   uint8_t* k_finite;
   int64_t total;
@@ -126,7 +126,8 @@ void store_rows(const Operand& out, int64_t b, int64_t hkv, int64_t t, int rows,
 }
 
 template <class T>
-void bwd_block(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_begin, int64_t kt_end, const DqOrder& order, float* scratch) {
+void bwd_block(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_begin, int64_t kt_end, const DqOrder& order,
+               float* scratch) {
   const int64_t tiles = kt_end - kt_begin, D = padded(p.D), Dv = padded(p.Dv);
   const BwdScratch w(p, tiles, scratch);
   for (int64_t c = 0; c < tiles; ++c) {
@@ -148,7 +149,7 @@ void bwd_block(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_beg
   const auto one_tile = [&](int64_t h, int64_t qt, int64_t kt, int id) {
     const int64_t c = kt - kt_begin;
     const int nq = tile_rows(p.Tq, qt), nq_padded = static_cast<int>(padded(nq)), nk = tile_rows(p.Tk, kt);
-    gemm<1, kTile, false>(nk, nq_padded, p.D, w.kt + c * p.D * kTile, w.qt, w.pt, kTile);     // s (keys, queries)
+    gemm<1, kTile, false>(nk, nq_padded, p.D, w.kt + c * p.D * kTile, w.qt, w.pt, kTile);      // s (keys, queries)
     gemm<1, kTile, false>(nk, nq_padded, p.Dv, w.vt + c * p.Dv * kTile, w.dot, w.dst, kTile);  // dp (keys, queries)
     extras.words = p.schedule.tile_words(qt, kt, id, words) ? words : nullptr;
     extras.first_key = kt * kTile;
@@ -221,7 +222,8 @@ void attention_delta(const AttentionProblem& p, const float* d_lse, int64_t row_
   });
 }
 
-void attention_bwd(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_begin, int64_t kt_end, const DqOrder& order, float* scratch) {
+void attention_bwd(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_begin, int64_t kt_end, const DqOrder& order,
+                   float* scratch) {
   with_type(p.dtype, [&](auto t) { bwd_block<decltype(t)>(p, b, hkv, kt_begin, kt_end, order, scratch); });
 }
 

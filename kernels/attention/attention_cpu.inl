@@ -20,9 +20,9 @@ struct FwdScratch {
       used += round_up<int64_t>(floats, 16);
       return at;
     };
-    qt = take(p.D * kTile);                        // (D, queries) panels, scaled
-    st = take(kTile * kTile);                      // (keys, queries)
-    o = take(kTile * padded(p.Dv));                // (queries, Dv)
+    qt = take(p.D * kTile);          // (D, queries) panels, scaled
+    st = take(kTile * kTile);        // (keys, queries)
+    o = take(kTile * padded(p.Dv));  // (queries, Dv)
     m = take(kTile), l = take(kTile), alpha = take(kTile);
     k = take(p.D * kTile), v = take(kTile * padded(p.Dv));  // a tile packed on the way
     bias = take(kTile * kTile), raw = take(kTile * kTile);
@@ -173,7 +173,8 @@ void fwd(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, const KeyV
 
 void pack(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt, const KeyValuePanels& panels) {
   with_type(p.dtype, [&](auto t) {
-    pack_tile<decltype(t)>(p, b, hkv, kt, panels.k + kt * kTile * p.D, panels.v + kt * kTile * padded(p.Dv), panels.v_finite + kt);
+    pack_tile<decltype(t)>(p, b, hkv, kt, panels.k + kt * kTile * p.D, panels.v + kt * kTile * padded(p.Dv),
+                           panels.v_finite + kt);
   });
 }
 
@@ -182,14 +183,14 @@ void pack(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt, const K
 // Defined in attention_bwd_cpu.inl.
 int64_t attention_bwd_scratch(const AttentionProblem& p, int64_t tiles);
 void attention_delta(const AttentionProblem& p, const float* d_lse, int64_t row_begin, int64_t row_end, float* delta);
-void attention_bwd(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_begin, int64_t kt_end, const DqOrder& order, float* scratch);
+void attention_bwd(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_begin, int64_t kt_end, const DqOrder& order,
+                   float* scratch);
 void attention_zero_dq_sum(const AttentionProblem& p, int64_t row_begin, int64_t row_end);
 void attention_store_dq(const AttentionProblem& p, int64_t row_begin, int64_t row_end);
 
 extern const AttentionKernels attention_kernels = {
-    Vec::W,          FwdScratch::size, attention_bwd_scratch, pack,
-    fwd,             attention_delta,  attention_bwd,         attention_zero_dq_sum,
-    attention_store_dq,
+    Vec::W,        FwdScratch::size,      attention_bwd_scratch, pack, fwd, attention_delta,
+    attention_bwd, attention_zero_dq_sum, attention_store_dq,
 };
 
 }  // namespace mlcore::MLC_ISA

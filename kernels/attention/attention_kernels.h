@@ -17,10 +17,10 @@ struct AttentionProblem {
   Dtype dtype;
   Operand q, k, v, o;
   float *lse, *lse_factor;  // (B, H, Tq) each: exp(s - lse) * lse_factor is p to full precision
-  float scale, softcap;  // softcap 0: none
-  uint32_t drop_below;   // a hash below this drops the element; 0: no dropout
-  bool drop_all;         // dropout_p = 1
-  float keep_scale;      // 1 / (1 - dropout_p)
+  float scale, softcap;     // softcap 0: none
+  uint32_t drop_below;      // a hash below this drops the element; 0: no dropout
+  bool drop_all;            // dropout_p = 1
+  float keep_scale;         // 1 / (1 - dropout_p)
   uint64_t seed;
   const void* bias;  // null: none
   Dtype bias_dtype;
@@ -30,7 +30,7 @@ struct AttentionProblem {
   Operand d_o, dq, dk, dv;
   const float* delta;  // (B, H, Tq): <o, d_o> - d_lse
   Operand dq_sum;      // (B, H, Tq, D padded) fp32: dq itself where it is fp32 and needs no padding
-  float* dbias;  // (B|1, H|1, Tq|1, Tk) contiguous, null: not wanted
+  float* dbias;        // (B|1, H|1, Tq|1, Tk) contiguous, null: not wanted
   int64_t dbias_sb, dbias_sh, dbias_sq;
 
   int64_t group() const { return H / Hkv; }
@@ -58,9 +58,11 @@ struct AttentionKernels {
   void (*pack)(const AttentionProblem&, int64_t b, int64_t hkv, int64_t kt, const KeyValuePanels&);
   // Query tile qt of (b, h). Where panels.k is null the tiles are packed on the way.
   void (*fwd)(const AttentionProblem&, int64_t b, int64_t h, int64_t qt, const KeyValuePanels& panels, float* scratch);
-  void (*delta)(const AttentionProblem&, const float* d_lse, int64_t row_begin, int64_t row_end, float* delta);  // rows of (B, H, Tq)
+  void (*delta)(const AttentionProblem&, const float* d_lse, int64_t row_begin, int64_t row_end,
+                float* delta);  // rows of (B, H, Tq)
   // dk and dv of key tiles [kt_begin, kt_end) of (b, hkv), and their part of dq and dbias.
-  void (*bwd)(const AttentionProblem&, int64_t b, int64_t hkv, int64_t kt_begin, int64_t kt_end, const DqOrder&, float* scratch);
+  void (*bwd)(const AttentionProblem&, int64_t b, int64_t hkv, int64_t kt_begin, int64_t kt_end, const DqOrder&,
+              float* scratch);
   void (*zero_dq_sum)(const AttentionProblem&, int64_t row_begin, int64_t row_end);  // rows of (B, H, Tq)
   void (*store_dq)(const AttentionProblem&, int64_t row_begin, int64_t row_end);
 };

@@ -110,6 +110,7 @@ int mlc_attention_mask_codes(const DLTensor* mask, DLTensor* codes, DLTensor* co
   return mlcore::guard([&] { mlcore::codes(mask, codes, counts); });
 }
 
-int mlc_attention_mask_tiles(const DLTensor* mask, const DLTensor* codes, DLTensor* row_ptr, DLTensor* cols, DLTensor* ids, DLTensor* bits) {
+int mlc_attention_mask_tiles(const DLTensor* mask, const DLTensor* codes, DLTensor* row_ptr, DLTensor* cols, DLTensor* ids,
+                             DLTensor* bits) {
   return mlcore::guard([&] { mlcore::tiles(mask, codes, row_ptr, cols, ids, bits); });
 }

@@ -20,7 +20,7 @@ struct FwdPlan {
     k_tile_floats = kTile * p.D, v_tile_floats = kTile * round_up_to(p.Dv, width);
     pair_floats = round_up_to(s.k_tiles * (k_tile_floats + v_tile_floats) + (s.k_tiles + 3) / 4, 16);
     const int64_t pairs = p.B * p.Hkv, tiles_per_pair = p.group() * s.q_tiles;
-    constexpr int64_t kPairInL2 = 96 * 1024;            // floats; what a thread can keep near while it serves a pair alone
+    constexpr int64_t kPairInL2 = 96 * 1024;             // floats; what a thread can keep near while it serves a pair alone
     constexpr int64_t kSharedAtOnce = 16 * 1024 * 1024;  // floats: 64 MiB of panels alive at most, but never less than one pair
     if (tiles_per_pair <= 1) {
       mode = Mode::on_the_way;

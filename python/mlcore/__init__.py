@@ -1,9 +1,9 @@
 """Fast attention, convolution, norms and low-bit layers for PyTorch.
 
-    import mlcore
-    y = mlcore.ops.attention(q, k, v, causal=True)   # functions
-    mlcore.nn.MultiheadAttention(512, 8)             # layers: torch.nn's signatures and state_dicts
-    mlcore.show_config()                             # what is usable on this machine, and why not
+import mlcore
+y = mlcore.ops.attention(q, k, v, causal=True)   # functions
+mlcore.nn.MultiheadAttention(512, 8)             # layers: torch.nn's signatures and state_dicts
+mlcore.show_config()                             # what is usable on this machine, and why not
 """
 
 import torch  # noqa: F401  first, so that its OpenMP runtime is the one in the process

@@ -148,7 +148,11 @@ def config() -> list[tuple[str, str, str]]:
     if os.environ.get("MLCORE_ISA"):
         detail += f"; MLCORE_ISA={os.environ['MLCORE_ISA']}"
     rows = [
-        ("mlcore", importlib.import_module("mlcore").__version__, f"torch {torch.__version__}, Python {platform.python_version()}"),
+        (
+            "mlcore",
+            importlib.import_module("mlcore").__version__,
+            f"torch {torch.__version__}, Python {platform.python_version()}",
+        ),
         ("cpu", f"usable: {isa}", detail),
         ("threads", str(_C.num_threads()), "torch.set_num_threads() governs them"),
     ]

@@ -184,7 +184,9 @@ def test_expanded_rows_are_read_with_stride_zero():
 
 
 def test_expanded_columns_are_refused():
-    assert_refused(ValueError, "x must be contiguous in its last dimension; got stride 0", torch.randn(ROWS, 1).expand(ROWS, COLS))
+    assert_refused(
+        ValueError, "x must be contiguous in its last dimension; got stride 0", torch.randn(ROWS, 1).expand(ROWS, COLS)
+    )
 
 
 def test_transposed_is_refused():
@@ -244,13 +246,19 @@ def test_packed_dtypes_are_refused():
     """Their exchange reports other bits or lanes than one number an element."""
     for name in ("uint4", "float4_e2m1fn_x2"):
         if hasattr(torch, name):
-            assert_refused((TypeError, ValueError), "argument 0|x must be", torch.zeros(ROWS, COLS, dtype=torch.uint8).view(getattr(torch, name)))
+            assert_refused(
+                (TypeError, ValueError),
+                "argument 0|x must be",
+                torch.zeros(ROWS, COLS, dtype=torch.uint8).view(getattr(torch, name)),
+            )
 
 
 # 6. Objects that are no tensors, and tensors left out.
 
 
-@pytest.mark.parametrize("other", [np.ones((ROWS, COLS), np.float32), [[1.0]], 1.0, "x", object()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize(
+    "other", [np.ones((ROWS, COLS), np.float32), [[1.0]], 1.0, "x", object()], ids=lambda o: type(o).__name__
+)
 def test_other_objects_are_refused(other):
     assert_refused(TypeError, f"rms_norm_fwd: argument 0 must be a torch.Tensor; got {type(other).__name__}", other)
 
@@ -291,7 +299,9 @@ def test_errors_name_the_argument_the_rule_and_the_value():
     assert_refused(ValueError, r"rms_norm: eps must not be negative; got -1", x, eps=-1.0)
     assert_refused(ValueError, r"rms_norm: weight must be \(C\) = \(37\); got \(38\)", x, weight=torch.ones(COLS + 1))
     assert_refused(ValueError, r"rms_norm: weight must be float32, float32; got float64", x, weight=torch.ones(COLS).double())
-    assert_refused(ValueError, r"rms_norm: residual must be \(R, C\) = \(5, 37\); got \(37, 5\)", x, residual=torch.ones(COLS, ROWS))
+    assert_refused(
+        ValueError, r"rms_norm: residual must be \(R, C\) = \(5, 37\); got \(37, 5\)", x, residual=torch.ones(COLS, ROWS)
+    )
 
 
 # 8. Threads.

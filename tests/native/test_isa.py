@@ -94,7 +94,9 @@ def assert_same_bits(results):
     for level, result in zip(HERE[1:], results[1:], strict=True):
         for a, b in zip(results[0], result, strict=True):
             differ = bits(a) != bits(b)
-            assert not differ.any(), f"scalar and {level} differ in {differ.sum()} of {a.numel()}: {a[differ][:4]}, {b[differ][:4]}"
+            assert not differ.any(), (
+                f"scalar and {level} differ in {differ.sum()} of {a.numel()}: {a[differ][:4]}, {b[differ][:4]}"
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

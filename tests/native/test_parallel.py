@@ -61,8 +61,8 @@ def test_one_runtime_that_torch_governs(order):
 
 
 def test_default_is_torchs():
-    code = "import os; os.environ['OMP_NUM_THREADS'] = '1'; import mlcore, torch; print(mlcore._C.num_threads(), torch.get_num_threads())"
-    assert python(code) == "1 1"
+    show = "import mlcore, torch; print(mlcore._C.num_threads(), torch.get_num_threads())"
+    assert python(f"import os; os.environ['OMP_NUM_THREADS'] = '1'; {show}") == "1 1"
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-"""The house rules. An op is one word everywhere: every op of kernels.inc fills all its slots, nothing stands in a slot without a
-row, no op reaches into another, and data flows nn -> ops -> kernels. Reads the tree; computes nothing.
+"""The house rules. An op is one word everywhere: every op of kernels.inc fills all its slots, nothing stands in a slot without
+a row, no op reaches into another, and data flows nn -> ops -> kernels. Reads the tree; computes nothing.
 """
 
 import ast
@@ -84,7 +84,9 @@ def test_triton_row_has_its_function(op, pass_name):
 
 
 def test_every_kernel_folder_has_rows():
-    folders = {p.name for p in KERNELS.iterdir() if p.is_dir() and p.name != "__pycache__" and any(files(p, ".py", ".h", ".cc"))}
+    folders = {
+        p.name for p in KERNELS.iterdir() if p.is_dir() and p.name != "__pycache__" and any(files(p, ".py", ".h", ".cc"))
+    }
     assert folders == set(OPS)
 
 

@@ -58,6 +58,7 @@ def math_path(q, k, v, bias=None, pattern=None, causal=False, scale=None, softca
 
 def check(name, inputs, **kwargs):
     """Outputs and gradients of o and lse by the tolerance rule."""
+
     def ours(**tensors):
         with testing.use(name) as impl:
             o, lse = attention(**tensors, return_lse=True, impl=impl, **kwargs)
@@ -67,7 +68,8 @@ def check(name, inputs, **kwargs):
     def torch_way(**tensors):
         return math_path(**tensors, **kwargs)
 
-    # What cancels: in lse a maximum and a logarithm; in o values of size 1; in ds dp and delta, up to 3 sqrt(Dv), then times k, q.
+    # What cancels: in lse a maximum and a logarithm; in o values of size 1; in ds dp and delta, 3 sqrt(Dv),
+    # which then multiply k and q.
     D, Dv = inputs["q"].shape[-1], inputs["v"].shape[-1]
     scale = kwargs.get("scale") or D**-0.5
     size = 1.0 + float(torch_way(**{n: t.double() for n, t in inputs.items()})[1].nan_to_num(neginf=0.0).abs().amax())
@@ -217,7 +219,9 @@ def test_nan_that_is_seen_shows(name):
     assert o[0, 0, 3].isnan().all() and o[0, 0, [2, 4]].isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 2, 5, 7, 8, 8), (2, 0, 0, 5, 7, 8, 8), (2, 2, 2, 0, 7, 8, 8), (2, 2, 2, 5, 0, 8, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 2, 5, 7, 8, 8), (2, 0, 0, 5, 7, 8, 8), (2, 2, 2, 0, 7, 8, 8), (2, 2, 2, 5, 0, 8, 8)], ids=str
+)
 def test_empty_dimensions(shape):
     leaves = [t.requires_grad_() for t in qkv(shape).values()]
     o, lse = attention(*leaves, return_lse=True, impl="cpu")

@@ -25,7 +25,9 @@ import variant  # noqa: E402
 
 def run(command: list, cwd: Path | str = "/", **environment: str) -> subprocess.CompletedProcess:
     """Runs a command in a clean environment: no CUDA compiler, no Python path, nothing of mlcore's own variables."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MLCORE", "CUDA", "LD_", "VIRTUAL_ENV", "TRITON"))}
+    env = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MLCORE", "CUDA", "LD_", "VIRTUAL_ENV", "TRITON"))
+    }
     env |= {"CUDACXX": "/nonexistent/nvcc"} | environment
     return subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True)
 
@@ -107,7 +109,7 @@ class Native:
 
 @pytest.fixture(scope="session")
 def native(source, tmp_path_factory) -> Native:
-    """cmake -S . -B build && cmake --build build && cmake --install build, as DESIGN of a C++ user's machine: no Python, no CUDA."""
+    """cmake -S . -B build && cmake --build build && cmake --install build, as a C++ user does: no Python, no CUDA."""
     home = tmp_path_factory.mktemp("native")
     build, prefix = home / "build", home / "prefix"
     cmake = tool("cmake")

@@ -110,7 +110,12 @@ CUDA_ROWS = sorted({f"{op}_{pass_name}" for op, pass_name, backend, _ in _C.tabl
 @pytest.mark.skipif(not CUDA_ROWS, reason="kernels.inc has no CUDA rows")
 def test_cuda_module_builds_binds_every_row_and_refuses_cpu_tensors(source, tmp_path):
     """On any machine with nvcc: the library loads without a driver, and its launchers check before they launch."""
-    options = ["-DMLCORE_CUDA=ON", "-DMLCORE_PYTHON=ON", f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_CUDA_ARCHITECTURES=90-virtual"]
+    options = [
+        "-DMLCORE_CUDA=ON",
+        "-DMLCORE_PYTHON=ON",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        "-DCMAKE_CUDA_ARCHITECTURES=90-virtual",
+    ]
     ok(configure(source, tmp_path, *options, CUDACXX=NVCC))
     ok(run([tool("cmake"), "--build", tmp_path, "--target", "_cuda"], CUDACXX=NVCC))
     (module,) = tmp_path.glob("_cuda.*.so")

@@ -30,7 +30,10 @@ def tree(source, installed, tmp_path_factory):
     return tree, python
 
 
-EDITED = {"python/mlcore/ops/rms_norm.py": "mlcore.ops.rms_norm", "kernels/rms_norm/rms_norm_ref.py": "mlcore.kernels.rms_norm.rms_norm_ref"}
+EDITED = {
+    "python/mlcore/ops/rms_norm.py": "mlcore.ops.rms_norm",
+    "kernels/rms_norm/rms_norm_ref.py": "mlcore.kernels.rms_norm.rms_norm_ref",
+}
 
 
 @pytest.mark.parametrize("path", EDITED)
@@ -39,5 +42,7 @@ def test_edits_are_seen(tree, path):
     module = EDITED[path]
     with open(root / path, "a") as file:
         file.write("\nEDITED = 42\n")
-    code = f"import importlib, sys; importlib.import_module({module!r}); m = sys.modules[{module!r}]; print(m.__file__, m.EDITED)"
+    code = (
+        f"import importlib, sys; importlib.import_module({module!r}); m = sys.modules[{module!r}]; print(m.__file__, m.EDITED)"
+    )
     assert ok(run([python, "-c", code])).split() == [str(root / path), "42"]

@@ -55,7 +55,9 @@ def test_metadata(wheel, names):
     archive = zipfile.ZipFile(wheel.path)
     metadata = Parser().parsestr(archive.read(next(n for n in names if n.endswith("/METADATA"))).decode())
     torch = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
-    assert len(torch) == 1 and re.fullmatch(r"torch>=[\d.]+", torch[0]), "torch alone is required, and no version of it is excluded"
+    assert len(torch) == 1 and re.fullmatch(r"torch>=[\d.]+", torch[0]), (
+        "torch alone is required, and no version of it is excluded"
+    )
     license_text = archive.read(next(n for n in names if n.endswith("/LICENSE"))).decode()
     assert "Apache License" in license_text and "END OF TERMS AND CONDITIONS" in license_text
 
@@ -68,14 +70,26 @@ def test_no_torch_symbol(extension):
 def test_only_the_c_api_is_exported(extension):
     exported = [line.split()[-1] for line in ok(run([tool("nm"), "-D", "--defined-only", extension])).splitlines()]
     assert [name for name in exported if re.match(r"_ZN?K?6mlcore", name)] == []
-    assert {name for name in exported if not name.startswith("_Z")} >= {"PyInit__C", "mlc_last_error", *(f"mlc_{op}_fwd" for op in OPS)}
+    assert {name for name in exported if not name.startswith("_Z")} >= {
+        "PyInit__C",
+        "mlc_last_error",
+        *(f"mlc_{op}_fwd" for op in OPS),
+    }
 
 
 def test_links_torchs_openmp_by_its_plain_name(extension):
     dynamic = ok(run([tool("readelf"), "-d", "-W", extension]))
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
     assert "libgomp.so.1" in needed
-    assert {n.split(".so")[0] for n in needed} <= {"libgomp", "libstdc++", "libm", "libgcc_s", "libpthread", "libc", "ld-linux-x86-64"}
+    assert {n.split(".so")[0] for n in needed} <= {
+        "libgomp",
+        "libstdc++",
+        "libm",
+        "libgcc_s",
+        "libpthread",
+        "libc",
+        "ld-linux-x86-64",
+    }
     assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)
 
 

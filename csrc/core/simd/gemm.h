@@ -122,7 +122,8 @@ bool pack_rows(const T* src, int64_t row_stride, int rows, int64_t cols, Scale s
 // Rows up to round_up(rows, W) are written, the padding as zeros; with width = kPanel it is a B operand with K = cols and
 // N = round_up(rows, W), with one panel a K-major A operand.
 template <class T, class Scale>
-void pack_transposed(const T* src, int64_t row_stride, int rows, int64_t cols, Scale scale, int64_t total, int64_t width, float* dst) {
+void pack_transposed(const T* src, int64_t row_stride, int rows, int64_t cols, Scale scale, int64_t total, int64_t width,
+                     float* dst) {
   constexpr int W = Vec::W;
   for (int r = 0; r < rows; r += W) {
     const int64_t panel = r / width, ld = min<int64_t>(width, total - panel * width);

@@ -73,7 +73,7 @@ inline f16 from_float<f16>(float x) {
   const uint32_t b = bits_of(x), sign = (b >> 16) & 0x8000u, a = b & 0x7fffffffu;
   if (a > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u | ((a >> 13) & 0x3ffu))};
   if (a >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds beyond 65504
-  if (a < 0x38800000u) {  // subnormal: adding 2^-1 rounds to multiples of 2^-24
+  if (a < 0x38800000u) {                                                 // subnormal: adding 2^-1 rounds to multiples of 2^-24
     return {static_cast<uint16_t>(sign | (bits_of(float_of(a) + 0.5f) - bits_of(0.5f)))};
   }
   return {static_cast<uint16_t>(sign | ((a - (112u << 23) + 0xfffu + ((a >> 13) & 1u)) >> 13))};

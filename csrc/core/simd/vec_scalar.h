@@ -30,8 +30,8 @@ struct Vec {
   }
 };
 
-#define MLC_LANES(expr)                          \
-  Vec r;                                         \
+#define MLC_LANES(expr)                             \
+  Vec r;                                            \
   for (int i = 0; i < Vec::W; ++i) r.v[i] = (expr); \
   return r
 inline Vec operator+(Vec a, Vec b) { MLC_LANES(a.v[i] + b.v[i]); }

@@ -65,7 +65,10 @@ def fwd_fake(q, k, v, mask, bias, seed, left, right, bottom_right, scale, softca
 
 def _new_gradients(q, k, v, bias, need_dbias):
     """Gradients laid out as their tensors, dbias as its kernel sums it: fp32, contiguous, every key of its own."""
-    grads = [torch.empty_like(t) if t.stride(-1) == 1 else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+    grads = [
+        torch.empty_like(t) if t.stride(-1) == 1 else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (q, k, v)
+    ]
     if need_dbias:
         dbias = torch.zeros(*bias.shape[:3], k.shape[2], dtype=torch.float32, device=q.device)
     else:

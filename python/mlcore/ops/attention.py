@@ -102,8 +102,8 @@ def attention(
         impl: "cpu", "cuda", "triton" or "reference"; None chooses (see mlcore.explain).
 
     Returns:
-        o (B, H, Tq, Dv) in q's dtype; with return_lse the pair (o, lse), lse (B, H, Tq) float32. Both are differentiable; second
-        derivatives, forward-mode AD and torch.func transforms go through the reference and its T x T matrix.
+        o (B, H, Tq, Dv) in q's dtype; with return_lse the pair (o, lse), lse (B, H, Tq) float32. Both are differentiable;
+        second derivatives, forward-mode AD and torch.func transforms go through the reference and its T x T matrix.
 
     Raises:
         ValueError: shapes, dtypes or values break the rules above, or impl can't serve the call.
@@ -145,7 +145,8 @@ def scaled_dot_product_attention(
         )
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise ValueError(
-            f"scaled_dot_product_attention: attn_mask must be torch.bool, torch.float32 or {query.dtype} as query; got {attn_mask.dtype}"
+            f"scaled_dot_product_attention: attn_mask must be torch.bool, torch.float32 or {query.dtype} as query; "
+            f"got {attn_mask.dtype}"
         )
     lead, q, k, v = _four_dims(query, key, value, enable_gqa)
     mask = None
@@ -216,9 +217,13 @@ def _check_qkv(q, k, v) -> None:
     if k.device != q.device or v.device != q.device:
         raise ValueError(f"attention: q, k and v must be on the same device; got {q.device}, {k.device}, {v.device}")
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise ValueError(f"attention: k must be (B, Hkv, Tk, D) with q's B, D = {q.shape[0]}, {q.shape[3]}; got {tuple(k.shape)}")
+        raise ValueError(
+            f"attention: k must be (B, Hkv, Tk, D) with q's B, D = {q.shape[0]}, {q.shape[3]}; got {tuple(k.shape)}"
+        )
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"attention: v must be (B, Hkv, Tk, Dv) with k's B, Hkv, Tk = {tuple(k.shape[:3])}; got {tuple(v.shape)}")
+        raise ValueError(
+            f"attention: v must be (B, Hkv, Tk, Dv) with k's B, Hkv, Tk = {tuple(k.shape[:3])}; got {tuple(v.shape)}"
+        )
     if (q.shape[1] % k.shape[1] if k.shape[1] else q.shape[1]) != 0:
         raise ValueError(f"attention: k has {k.shape[1]} heads, which must divide q's {q.shape[1]}")
 
@@ -241,13 +246,17 @@ def _run(q, k, v, mask, bias, left, right, bottom_right, scale, softcap, dropout
         q, k, v = autocast(q.device.type, q, k, v)
     if transformed():
         if impl not in (None, "reference"):
-            raise ValueError(f"attention: impl={impl!r} can't serve torch.func, forward-mode AD or torch.jit.trace; the reference can")
+            raise ValueError(
+                f"attention: impl={impl!r} can't serve torch.func, forward-mode AD or torch.jit.trace; the reference can"
+            )
         impl = "reference"
     backend = choose(_OP, impl, q)
     widest = max(q.shape[3], v.shape[3])
     if backend != "reference" and not (1 <= widest <= _MAX_HEAD_DIM and q.shape[3] and v.shape[3]):
         if impl is not None:
-            raise ValueError(f"attention: impl={impl!r} can't serve this call: head dims must be 1 to {_MAX_HEAD_DIM}; got {widest}")
+            raise ValueError(
+                f"attention: impl={impl!r} can't serve this call: head dims must be 1 to {_MAX_HEAD_DIM}; got {widest}"
+            )
         backend = "reference"
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device) if dropout_p > 0 else None
     if bias is not None and bias.dtype == torch.float64 and backend != "reference":

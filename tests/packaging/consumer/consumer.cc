@@ -23,7 +23,8 @@ int main() {
   for (float& v : x) v = normal(random);
   for (float& v : weight) v = normal(random);
   std::vector<int64_t> matrix{kRows, kCols}, columns{kCols}, rows{kRows}, strides{kStride, 1};
-  DLTensor x_ = view(x, matrix, strides.data()), weight_ = view(weight, columns), y_ = view(y, matrix), rstd_ = view(rstd, rows);
+  DLTensor x_ = view(x, matrix, strides.data()), weight_ = view(weight, columns), y_ = view(y, matrix),
+           rstd_ = view(rstd, rows);
 
   if (mlc_rms_norm_fwd(&x_, nullptr, &weight_, kEps, &y_, nullptr, &rstd_) != MLC_OK) {
     std::printf("failed: %s\n", mlc_last_error());
