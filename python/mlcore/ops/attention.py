@@ -59,7 +59,7 @@ class _Attention(torch.autograd.Function):
 
 def _differentiable_gradients(ctx, d_o, d_lse):
     """(dq, dk, dv, None, dbias) with a graph, for create_graph=True: the reference's, which differentiates without end."""
-    q, k, v, mask, bias, seed, o, _ = ctx.saved_tensors
+    q, k, v, mask, bias, seed, *_ = ctx.saved_tensors
     with torch.enable_grad():
         outputs = _reference(q, k, v, mask, bias, seed, *ctx.numbers[:-1])
         wanted = [(i, t) for i, t in ((0, q), (1, k), (2, v), (4, bias)) if t is not None and ctx.needs_input_grad[i]]
