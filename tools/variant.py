@@ -37,7 +37,7 @@ def build(name: str, defines: list[str]) -> Path:
     home = ROOT / "build" / name
     python = environment(home / "venv", site_packages=here())
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps"]
-    options = [f"-Cbuild-dir={home / 'cmake'}", *(f"-Ccmake.define.{d}" for d in defines)]
+    options = [f"--config-settings=build-dir={home / 'cmake'}", *(f"--config-settings=cmake.define.{d}" for d in defines)]
     done = subprocess.run([*pip, "--no-build-isolation", *options, "-e", str(ROOT)], stdout=sys.stderr)
     if done.returncode != 0:
         raise SystemExit(f"variant {name}: the build failed")

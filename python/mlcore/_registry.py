@@ -69,14 +69,21 @@ def autocast(device: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor |
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """True when autograd must record the call."""
-    return _grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if _grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def direct(*tensors: torch.Tensor | None) -> bool:
     """True when nothing watches the call: no tracing, no mode, no transform, only plain tensors. Grad is the caller's check."""
     if _compiling() or _dispatch_modes() or _functorch_level() is not None or _tracing() is not None:
         return False
-    return all(t is None or (type(t) in _PLAIN and not t.is_neg()) for t in tensors)
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
+            return False
+    return True
 
 
 _kernels: dict[tuple[str, str, str], Callable] = {}

@@ -35,17 +35,20 @@ def _offset(q, k, bottom_right):
 
 
 def _inner_contiguous(t):
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _new_output(q, v):
     """(B, H, Tq, Dv), laid out as (B, Tq, H, Dv): what the output projection reads without a copy."""
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+    B, H, Tq, _ = q.shape
+    Dv = v.shape[3]
+    return torch.empty_strided((B, H, Tq, Dv), (Tq * H * Dv, Dv, H * Dv, 1), dtype=q.dtype, device=q.device)
 
 
 def _new_lse(q):
     """(2, B, H, Tq): the log-sum-exp, and the factor that its rounding lost (attention.h)."""
-    return q.new_empty(2, *q.shape[:3], dtype=torch.float32)
+    B, H, Tq, _ = q.shape
+    return torch.empty((2, B, H, Tq), dtype=torch.float32, device=q.device)
 
 
 def fwd_launch(q, k, v, mask, bias, seed, left, right, bottom_right, scale, softcap, dropout_p, impl):

@@ -37,7 +37,8 @@ _bwd = register(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, bias, seed, *numbers):
-        o, lse = _fwd(q, k, v, mask, bias, seed, *numbers)
+        fwd = fwd_launch if direct(q, k, v, mask, bias) else _fwd
+        o, lse = fwd(q, k, v, mask, bias, seed, *numbers)
         ctx.numbers = numbers
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, mask, bias, seed, o, lse)
@@ -52,7 +53,8 @@ class _Attention(torch.autograd.Function):
             return *_differentiable_gradients(ctx, d_o, d_lse), None, *(None for _ in ctx.numbers)
         if d_o is None:
             d_o = torch.zeros_like(o)
-        dq, dk, dv, dbias = _bwd(q, k, v, mask, bias, seed, *ctx.numbers, o, lse, d_o, d_lse, need_dbias)
+        bwd = bwd_launch if direct(q, k, v, mask, bias, d_o, d_lse) else _bwd
+        dq, dk, dv, dbias = bwd(q, k, v, mask, bias, seed, *ctx.numbers, o, lse, d_o, d_lse, need_dbias)
         wanted = [g if need else None for g, need in zip((dq, dk, dv), ctx.needs_input_grad)]
         return *wanted, None, dbias if need_dbias else None, None, *(None for _ in ctx.numbers)
 
@@ -209,6 +211,25 @@ def _attention(q, k, v, pattern, bias, band, scale, softcap, dropout_p, return_l
 
 
 def _check_qkv(q, k, v) -> None:
+    qs, ks, vs = q.shape, k.shape, v.shape
+    if (
+        len(qs) == len(ks) == len(vs) == 4
+        and q.dtype == k.dtype == v.dtype
+        and q.device == k.device == v.device
+        and qs[0] == ks[0] == vs[0]
+        and qs[3] == ks[3]
+        and ks[1] == vs[1]
+        and ks[2] == vs[2]
+        and ks[1]
+        and qs[1] % ks[1] == 0
+        and q.is_floating_point()
+    ):
+        return
+    _refuse_qkv(q, k, v)
+
+
+def _refuse_qkv(q, k, v) -> None:
+    """Raises for the first rule that is broken; none may be, where there are no heads at all."""
     for name, t, layout in (("q", q, "(B, H, Tq, D)"), ("k", k, "(B, Hkv, Tk, D)"), ("v", v, "(B, Hkv, Tk, Dv)")):
         if t.dim() != 4:
             raise ValueError(f"attention: {name} must be {layout}; got shape {tuple(t.shape)}")
