@@ -83,6 +83,10 @@ def pytest_configure(config):
     config.stash[_KEY] = _Session(harness.cpu_machine())
 
 
+def pytest_report_header(config):
+    return harness.others_at_work()
+
+
 @pytest.fixture
 def race(request, benchmark):
     """race(group, row, make): plays `row` of `group` to pytest-benchmark; make() -> harness.Group is called once a group."""

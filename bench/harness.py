@@ -1,19 +1,5 @@
 """Fair timing and the results format. interleaved() times several implementations of one problem against each other;
 write_results() keeps what CPU and GPU benchmarks measure in one JSON format. No problem and no table is defined here.
-
-A results file (bench/results/<name>.json) is one machine with one set of versions:
-
-    {"schema": 1,
-     "machine": {"device": "AMD EPYC", "kind": "cpu", "isa": "avx2", "threads": 2,             # kind: "cpu" or "cuda"
-                 "fma_gflops": 150.2, "copy_gbps": 21.7},                                      # measured peaks, optional
-     "versions": {"mlcore": "0.1.0", "torch": "2.13.0+cpu", "python": "3.11.7"},               # any names: driver, triton, ...
-     "rows": [{"group": "attention fwd float32 (1,8,2048,64) full", "row": "mlcore",           # group: "<op> <problem>"
-               "seconds_min": 0.0121, "seconds_median": 0.0123, "date": "2026-08-20",          # per call
-               "extra": {"rounds": 15, "gflops": 709.8, "peak_fraction": 0.6}}]}               # any numbers and words
-
-One group is one problem and its rows were timed interleaved, so their ratios hold. Rows whose name starts with "mlcore" are
-ours. bench/report.py reads: extra.gflops or extra.gbps; extra.limit (op "overhead": the most that the
-ratio to "x + y" should be); extra.impl and extra.threads (op "scaling").
 """
 
 from __future__ import annotations
@@ -34,6 +20,19 @@ from pathlib import Path
 import machine_peak
 import torch
 
+# A results file (bench/results/<name>.json) is one machine with one set of versions:
+#
+#     {"schema": 1,
+#      "machine": {"device": "AMD EPYC", "kind": "cpu", "isa": "avx2", "threads": 2,             # kind: "cpu" or "cuda"
+#                  "fma_gflops": 150.2, "copy_gbps": 21.7},                                      # measured peaks, optional
+#      "versions": {"mlcore": "0.1.0", "torch": "2.13.0+cpu", "python": "3.11.7"},               # any names: driver, triton, ...
+#      "rows": [{"group": "attention fwd float32 (1,8,2048,64) full", "row": "mlcore",           # group: "<op> <problem>"
+#                "seconds_min": 0.0121, "seconds_median": 0.0123, "date": "2026-08-20",          # per call
+#                "extra": {"rounds": 15, "gflops": 709.8, "peak_fraction": 0.6}}]}               # any numbers and words
+#
+# One group is one problem and its rows were timed interleaved, so their ratios hold. Rows whose name starts with "mlcore" are
+# ours. bench/report.py reads: extra.gflops or extra.gbps; extra.limit (op "overhead": the most that the
+# ratio to "x + y" should be); extra.impl and extra.threads (op "scaling").
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
 
@@ -178,6 +177,24 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """||got - want|| / ||want|| over all elements, in float64."""
     got, want = got.detach().double(), want.detach().double()
     return float((got - want).norm() / want.norm().clamp_min(1e-300))
+
+
+def others_at_work(seconds: float = 0.5) -> str | None:
+    """A warning where other programs use more than a tenth of the processors while this one waits; None where all is quiet."""
+
+    def ticks() -> list[int]:
+        return [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]  # proc(5): idle, iowait at 3, 4
+
+    try:
+        before = ticks()
+        time.sleep(seconds)
+        spent = [b - a for a, b in zip(before, ticks())]
+    except OSError:
+        return None
+    busy = 1 - (spent[3] + spent[4]) / max(sum(spent), 1)
+    if busy < 0.1:
+        return None
+    return f"Other programs use {busy:.0%} of the processors: speeds and their ratios measured now are not to be trusted."
 
 
 def cpu_name() -> str:

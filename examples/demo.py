@@ -183,6 +183,8 @@ def main() -> int:
     machine, versions = harness.cpu_machine(), ", ".join(f"{k} {v}" for k, v in harness.cpu_versions().items())
     about = f"{machine['device']}, {machine['isa']}, {machine['threads']} threads; {versions}"
     console.print(Panel(f"{about}\n\n{EXPLANATION}", title="mlcore", padding=(1, 2)))
+    warning = harness.others_at_work() or ""
+    console.print(warning, style="bold red")
 
     results, embeddings = bert.run(console)
     console.print(bert.results_table(results))
@@ -204,7 +206,7 @@ def main() -> int:
     report.plot(kernels, "attention", BUILD / "demo" / "attention.png")
     page = PAGE.format(
         machine=html.escape(footer),
-        explanation=html.escape(EXPLANATION),
+        explanation=html.escape(EXPLANATION) + f"<p><b>{html.escape(warning)}</b></p>",
         bert=html_image(BUILD / "demo" / "bert.png", "Bars of BERT's speed") + html_table(bert_table(results)),
         neighbours=html_neighbours(found),
         kernels=html_image(BUILD / "demo" / "attention.png", "Bars of attention's GFLOP/s") + "".join(map(html_table, tables)),

@@ -18,8 +18,6 @@ LEVELS = ("scalar", "avx2", "avx512")
 # What computes with the default level. tests/ops runs every level of the machine by itself and joins in for the emulated one.
 BY_ENVIRONMENT = ["tests/native/test_binding.py", "tests/native/test_isa.py", "tests/native/test_parallel.py", "tests/nn"]
 EMULATED = ["tests/ops", *BY_ENVIRONMENT[:2]]
-# Implementations that a test names itself are the same under every level.
-OTHERS = "not triton and not gpu_code and not reference"
 
 
 def emulation_refused() -> str | None:

@@ -155,6 +155,13 @@ def test_a_wrong_row_is_not_timed_and_does_not_stop_the_others():
     assert isinstance(results["mlcore"], AssertionError) and results["torch"]["extra"] == {"rounds": 3, "error": 0.0}
 
 
+def test_a_busy_machine_is_reported(monkeypatch):
+    stats = iter(["cpu 10 0 0 90 0 0 0 0\n", "cpu 90 0 0 110 0 0 0 0\n", "cpu 0 0 0 0 0 0 0 0\n", "cpu 1 0 0 99 0 0 0 0\n"])
+    monkeypatch.setattr(Path, "read_text", lambda self: next(stats))
+    assert harness.others_at_work(0).startswith("Other programs use 80%")
+    assert harness.others_at_work(0) is None
+
+
 def test_relative_error():
     assert harness.relative_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])) == pytest.approx(0.5 / 29.25**0.5)
 

@@ -136,21 +136,32 @@ def test_tiles_that_are_empty_full_and_mixed(name):
     check(name, qkv((1, 2, 1, 400, 140, 32, 32)), causal=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_random_shapes_and_patterns(data):
+    """Right keys for right queries at any shape. How exact results are is the other tests' business: sizes here may be 1."""
     n = st.integers(1, 140)
     groups, Hkv, B = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
     Tq, Tk, D, Dv = data.draw(n), data.draw(n), data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     density = data.draw(st.sampled_from([0.02, 0.5, 0.98]))
     shape = tuple(data.draw(st.sampled_from([1, full])) for full in (B, groups * Hkv, Tq, Tk))
-    check(
-        data.draw(st.sampled_from(KERNELS)),
-        qkv((B, groups * Hkv, Hkv, Tq, Tk, D, Dv), layout=data.draw(st.sampled_from(testing.LAYOUTS))),
-        pattern=torch.rand(shape) < density if data.draw(st.booleans()) else None,
-        causal=data.draw(st.booleans()),
-    )
+    pattern = torch.rand(shape) < density if data.draw(st.booleans()) else None
+    causal, name = data.draw(st.booleans()), data.draw(st.sampled_from(KERNELS))
+    inputs = qkv((B, groups * Hkv, Hkv, Tq, Tk, D, Dv), layout=data.draw(st.sampled_from(testing.LAYOUTS)))
+    d_o = torch.randn(B, groups * Hkv, Tq, Dv)
+
+    def run(fn, dtype):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in inputs.values()]
+        o, lse = fn(*leaves)
+        grads = torch.autograd.grad((o * d_o.to(dtype)).sum() + lse[lse.isfinite()].sum(), leaves)
+        return [t.detach().float() for t in (o, lse, *grads)]
+
+    want = run(lambda q, k, v: math_path(q, k, v, pattern=pattern, causal=causal), torch.float64)
+    with testing.use(name) as impl:
+        got = run(lambda q, k, v: attention(q, k, v, pattern=pattern, causal=causal, return_lse=True, impl=impl), torch.float32)
+    for g, w in zip(got, want):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", KERNELS)
