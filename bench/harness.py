@@ -25,14 +25,14 @@ import torch
 #     {"schema": 1,
 #      "machine": {"device": "AMD EPYC", "kind": "cpu", "isa": "avx2", "threads": 2,             # kind: "cpu" or "cuda"
 #                  "fma_gflops": 150.2, "copy_gbps": 21.7},                                      # measured peaks, optional
-#      "versions": {"mlcore": "0.1.0", "torch": "2.13.0+cpu", "python": "3.11.7"},               # any names: driver, triton, ...
-#      "rows": [{"group": "attention fwd float32 (1,8,2048,64) full", "row": "mlcore",           # group: "<op> <problem>"
+#      "versions": {"mlcore": "0.1.0", "torch": "2.13.0+cpu", "python": "3.11.7"},               # any names: driver, ...
+#      "rows": [{"group": "attention float32 fwd (1,8,2048,64) full", "row": "mlcore",           # group: "<op> <problem>"
 #                "seconds_min": 0.0121, "seconds_median": 0.0123, "date": "2026-08-20",          # per call
 #                "extra": {"rounds": 15, "gflops": 709.8, "peak_fraction": 0.6}}]}               # any numbers and words
 #
 # One group is one problem and its rows were timed interleaved, so their ratios hold. Rows whose name starts with "mlcore" are
-# ours. bench/report.py reads: extra.gflops or extra.gbps; extra.limit (op "overhead": the most that the
-# ratio to "x + y" should be); extra.impl and extra.threads (op "scaling").
+# ours. bench/report.py reads extra.gflops or extra.gbps; extra.limit (op "overhead": the most that the ratio to "x + y" should
+# be); extra.impl and extra.threads (op "scaling").
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
 
