@@ -9,8 +9,8 @@ namespace {
 
 constexpr const char* kOp = "layer_norm";
 
-void fwd(const DLTensor* x_, const DLTensor* residual_, const DLTensor* weight_, const DLTensor* bias_, double eps, DLTensor* y_,
-         DLTensor* s_, DLTensor* mean_, DLTensor* rstd_) {
+void fwd(const DLTensor* x_, const DLTensor* residual_, const DLTensor* weight_, const DLTensor* bias_, double eps,
+         DLTensor* y_, DLTensor* s_, DLTensor* mean_, DLTensor* rstd_) {
   const Tensor x(x_, kOp, "x"), residual(residual_, kOp, "residual"), weight(weight_, kOp, "weight"), bias(bias_, kOp, "bias"),
       y(y_, kOp, "y"), s(s_, kOp, "s"), mean(mean_, kOp, "mean"), rstd(rstd_, kOp, "rstd");
   const RowArgs args(x);
@@ -28,9 +28,9 @@ void fwd(const DLTensor* x_, const DLTensor* residual_, const DLTensor* weight_,
 
 void bwd(const DLTensor* dy_, const DLTensor* ds_, const DLTensor* s_, const DLTensor* weight_, const DLTensor* mean_,
          const DLTensor* rstd_, DLTensor* dx_, DLTensor* dweight_, DLTensor* dbias_, DLTensor* partial_) {
-  const Tensor dy(dy_, kOp, "dy"), ds(ds_, kOp, "ds"), s(s_, kOp, "s"), weight(weight_, kOp, "weight"), mean(mean_, kOp, "mean"),
-      rstd(rstd_, kOp, "rstd"), dx(dx_, kOp, "dx"), dweight(dweight_, kOp, "dweight"), dbias(dbias_, kOp, "dbias"),
-      partial(partial_, kOp, "partial");
+  const Tensor dy(dy_, kOp, "dy"), ds(ds_, kOp, "ds"), s(s_, kOp, "s"), weight(weight_, kOp, "weight"),
+      mean(mean_, kOp, "mean"), rstd(rstd_, kOp, "rstd"), dx(dx_, kOp, "dx"), dweight(dweight_, kOp, "dweight"),
+      dbias(dbias_, kOp, "dbias"), partial(partial_, kOp, "partial");
   const RowArgs args(s);
   const RowBlocks blocks(args.rows);
   LayerNormBwd p{};

@@ -28,8 +28,8 @@ void fwd(const DLTensor* x_, const DLTensor* residual_, const DLTensor* weight_,
 
 void bwd(const DLTensor* dy_, const DLTensor* ds_, const DLTensor* s_, const DLTensor* weight_, const DLTensor* rstd_,
          DLTensor* dx_, DLTensor* dweight_, DLTensor* partial_) {
-  const Tensor dy(dy_, kOp, "dy"), ds(ds_, kOp, "ds"), s(s_, kOp, "s"), weight(weight_, kOp, "weight"), rstd(rstd_, kOp, "rstd"),
-      dx(dx_, kOp, "dx"), dweight(dweight_, kOp, "dweight"), partial(partial_, kOp, "partial");
+  const Tensor dy(dy_, kOp, "dy"), ds(ds_, kOp, "ds"), s(s_, kOp, "s"), weight(weight_, kOp, "weight"),
+      rstd(rstd_, kOp, "rstd"), dx(dx_, kOp, "dx"), dweight(dweight_, kOp, "dweight"), partial(partial_, kOp, "partial");
   const RowArgs args(s);
   const RowBlocks blocks(args.rows);
   RmsNormBwd p{};
