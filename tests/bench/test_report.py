@@ -1,6 +1,7 @@
 """bench/: the results format, interleaved timing, the generated tables, and that pytest-benchmark is told the same."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -171,7 +172,8 @@ def test_a_bench_gives_pytest_benchmark_the_interleaved_samples(tmp_path):
     ours, theirs = tmp_path / "ours.json", tmp_path / "theirs.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", str(BENCH / "bench_overhead.py"), "--rounds", "3"]
     command += ["--max-time", "0.1", "--results", str(ours), "--benchmark-json", str(theirs)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCH.parent)
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # pytest-benchmark rests in xdist's workers
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCH.parent, env=alone)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {r["row"]: r for r in harness.read_results(ours)["rows"]}
     stats = {b["params"]["row"]: b["stats"] for b in json.loads(theirs.read_text())["benchmarks"]}
