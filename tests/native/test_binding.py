@@ -115,6 +115,19 @@ def test_requires_grad_is_refused_while_grad_is_recorded():
         torch.testing.assert_close(run(x), expected(x.detach()))
 
 
+def test_launchers_bind_below_autograd():
+    """_C.launch holds the same functions for mlcore's launchers: what the dispatcher has settled is not asked again."""
+    x, (y, rstd) = torch.randn(ROWS, COLS, requires_grad=True), outputs()
+    _C.launch.rms_norm_fwd(x, None, None, EPS, y, None, rstd)
+    torch.testing.assert_close(y, expected(x.detach()))
+    with FakeTensorMode():
+        fake = torch.empty(ROWS, COLS)
+    with pytest.raises(TypeError, match="no data of its own"):
+        _C.launch.rms_norm_fwd(fake, None, None, EPS, y, None, rstd)
+    with pytest.raises(ValueError, match="x must be given"):
+        _C.launch.rms_norm_fwd(None, None, None, EPS, y, None, rstd)
+
+
 def test_lazily_negated_view_is_refused():
     z = torch.randn(ROWS, COLS, dtype=torch.complex64)
     x = z.conj().imag

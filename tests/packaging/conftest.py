@@ -113,7 +113,7 @@ def native(source, tmp_path_factory) -> Native:
     home = tmp_path_factory.mktemp("native")
     build, prefix = home / "build", home / "prefix"
     cmake = tool("cmake")
-    log = ok(run([cmake, "-S", source, "-B", build, *native_flags(), f"-DCMAKE_INSTALL_PREFIX={prefix}"]))
+    log = ok(run([cmake, "-S", source, "-B", build, *native_flags(), f"-DCMAKE_INSTALL_PREFIX={prefix}", "-DMLCORE_TESTS=ON"]))
     ok(run([cmake, "--build", build]))
     ok(run([cmake, "--install", build]))
     return Native(build, prefix, log)

@@ -35,6 +35,10 @@ def test_installed_files(native):
     assert all("cmake/mlcore" in f for f in others), others
 
 
+def test_ctest(native):
+    assert "100% tests passed, 0 tests failed out of 2" in ok(run([tool("ctest"), "--test-dir", native.build]))
+
+
 @pytest.fixture(scope="module")
 def consumer(native, tmp_path_factory) -> Path:
     build = tmp_path_factory.mktemp("consumer")
