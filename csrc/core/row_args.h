@@ -17,20 +17,25 @@ struct RowVector {
   Dtype dtype = Dtype::f32;
 };
 
-// What the other arguments must agree with, taken from the main tensor.
+// What the other arguments must agree with, taken from the main tensor: (R, C), or contiguous (..., C) with R the product of
+// the rest.
 struct RowArgs {
-  int64_t rows, cols;
+  const Tensor& main;
+  int64_t rows = 1, cols;
   Dtype dtype;
   DLDeviceType device;
 
-  explicit RowArgs(const Tensor& main, DLDeviceType device = kDLCPU) : device(device) {
-    main.on(device).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16}).rank_is(2, "(R, C)").last_dim_contiguous();
-    rows = main.size(0), cols = main.size(1), dtype = main.dtype();
+  explicit RowArgs(const Tensor& main, DLDeviceType device = kDLCPU) : main(main), device(device) {
+    main.on(device).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16}).rank_at_least(1);
+    check_layout(main);
+    for (int i = 0; i + 1 < main.rank(); ++i) rows *= main.size(i);
+    cols = main.size(-1), dtype = main.dtype();
   }
 
   Rows required(const Tensor& t) const {
-    t.on(device).dtype_in({dtype}).shape_is({rows, cols}, "(R, C)").last_dim_contiguous();
-    return {t.raw(), t.stride(0)};
+    t.on(device).dtype_in({dtype}).shape_like(main);
+    check_layout(t);
+    return {t.raw(), t.rank() == 2 ? t.stride(0) : cols};
   }
   Rows optional(const Tensor& t) const { return t.present() ? required(t) : Rows{}; }
 
@@ -48,6 +53,10 @@ struct RowArgs {
     t.on(device).dtype_in({Dtype::f32}).shape_is({rows}, "(R)").contiguous();
     return t.data<float>();
   }
+  float* optional_statistic(const Tensor& t) const { return t.present() ? statistic(t) : nullptr; }
+
+ private:
+  static void check_layout(const Tensor& t) { t.rank() == 2 ? t.last_dim_contiguous() : t.contiguous(); }
 };
 
 }  // namespace mlcore

@@ -89,6 +89,20 @@ class Tensor {
     if (!same) fail(MLC_INVALID_ARGUMENT, op_, ": ", name_, " must be ", layout, " = ", list_of(want), "; got ", shape_text());
     return *this;
   }
+  const Tensor& shape_like(const Tensor& other) const {
+    bool same = given().ndim == other.given().ndim;
+    for (int i = 0; same && i < t_->ndim; ++i) same = t_->shape[i] == other.t_->shape[i];
+    if (!same)
+      fail(MLC_INVALID_ARGUMENT, op_, ": ", name_, " must have ", other.name_, "'s shape ", other.shape_text(), "; got ",
+           shape_text());
+    return *this;
+  }
+  const Tensor& rank_at_least(int n) const {
+    if (given().ndim < n)
+      fail(MLC_INVALID_ARGUMENT, op_, ": ", name_, " must have at least ", n, n == 1 ? " dimension" : " dimensions", "; got shape ",
+           shape_text());
+    return *this;
+  }
   const Tensor& rank_is(int n, const char* layout) const {
     if (given().ndim != n) fail(MLC_INVALID_ARGUMENT, op_, ": ", name_, " must be ", layout, "; got shape ", shape_text());
     return *this;

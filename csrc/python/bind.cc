@@ -6,6 +6,7 @@
 #include "core/parallel.h"
 #include "mlcore/mlcore.h"
 #include "python/bind_function.h"
+#include "python/watch.h"
 
 namespace py = pybind11;
 
@@ -34,6 +35,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_used()) {
   bind_kernels(m, mlcore::python::For::anyone);
   py::module_ launch = m.def_submodule("launch", "The same functions for mlcore's launchers, which run below autograd.");
   bind_kernels(launch, mlcore::python::For::launchers);
+  mlcore::python::bind_watch(m);
   m.def(
       "table",
       [] {

@@ -19,7 +19,7 @@ void fwd(const DLTensor* x_, const DLTensor* residual_, const DLTensor* weight_,
   p.residual = args.optional(residual);
   if (residual.present()) p.s = args.required(s);
   p.weight = args.vector(weight), p.bias = args.vector(bias);
-  p.mean = args.statistic(mean), p.rstd = args.statistic(rstd);
+  p.mean = args.optional_statistic(mean), p.rstd = args.optional_statistic(rstd);
   require(eps >= 0, kOp, ": eps must not be negative; got ", eps);
   p.cols = args.cols, p.dtype = args.dtype, p.eps = static_cast<float>(eps);
   const LayerNormKernels& kernels = layer_norm_kernels_now();

@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) layer_norm_fwd(LayerNormFwd
   if (!live) return;
   const float mean = first + left, variance = squares / n_cols - left * left;
   const float rstd = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + p.eps);
-  if (threadIdx.x == 0) p.mean[r] = mean, p.rstd[r] = rstd;
+  if (p.mean && threadIdx.x == 0) p.mean[r] = mean;
+  if (p.rstd && threadIdx.x == 0) p.rstd[r] = rstd;
   for_packs<N, V>(cols, [&](int k, int c) {
     const Pack<T, V> s = kept.get(k, s_row + c);
     Pack<T, V> out;
@@ -133,7 +134,7 @@ void fwd(const DLTensor* x_, const DLTensor* residual_, const DLTensor* weight_,
   p.residual = args.optional(residual);
   if (residual.present()) p.s = args.required(s);
   p.weight = args.vector(weight), p.bias = args.vector(bias);
-  p.mean = args.statistic(mean), p.rstd = args.statistic(rstd);
+  p.mean = args.optional_statistic(mean), p.rstd = args.optional_statistic(rstd);
   require(eps >= 0, kOp, ": eps must not be negative; got ", eps);
   p.cols = args.cols, p.dtype = args.dtype, p.eps = static_cast<float>(eps);
   if (args.rows == 0) return;

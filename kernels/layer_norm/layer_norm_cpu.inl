@@ -34,9 +34,10 @@ void fwd_rows(const LayerNormFwd& p, int64_t row_begin, int64_t row_end) {
     const T* s = p.residual.data ? add_rows<T>(p.cols, p.x, p.residual, p.s, r) : row<T>(p.x, r);  // (C)
     T* y = row<T>(p.y, r);                                                                         // (C)
     const Moments m = moments_of(s, p.cols);
-    p.mean[r] = m.mean;
-    p.rstd[r] = 1.0f / sqrtf(m.variance + p.eps);
-    const Vec mean = Vec::set1(m.mean), rstd = Vec::set1(p.rstd[r]);
+    const float scale = 1.0f / sqrtf(m.variance + p.eps);
+    if (p.mean) p.mean[r] = m.mean;
+    if (p.rstd) p.rstd[r] = scale;
+    const Vec mean = Vec::set1(m.mean), rstd = Vec::set1(scale);
     for_row(p.cols, [&](int64_t c, int n) {
       Vec v = (load_some(s + c, n) - mean) * rstd;
       if (weight) v = v * load_some(weight + c, n);

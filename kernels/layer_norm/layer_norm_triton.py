@@ -65,8 +65,10 @@ def fwd_kernel(
         for first in range(0, cols, BLOCK):
             v = load_sum(x, residual, s, first + c, first + c < cols)
             store_affine(y, weight, bias, (v - centre) * scale, first + c, first + c < cols)
-    tl.store(mean + r, centre)
-    tl.store(rstd + r, scale)
+    if mean is not None:
+        tl.store(mean + r, centre)
+    if rstd is not None:
+        tl.store(rstd + r, scale)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ void fwd(const DLTensor* x_, const DLTensor* residual_, const DLTensor* weight_,
   p.residual = args.optional(residual);
   if (residual.present()) p.s = args.required(s);
   p.weight = args.vector(weight);
-  p.rstd = args.statistic(rstd);
+  p.rstd = args.optional_statistic(rstd);
   require(eps >= 0, kOp, ": eps must not be negative; got ", eps);
   p.cols = args.cols, p.dtype = args.dtype, p.eps = static_cast<float>(eps);
   const RmsNormKernels& kernels = rms_norm_kernels_now();

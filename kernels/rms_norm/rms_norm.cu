@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) rms_norm_fwd(RmsNormFwd p, 
   total = group_reduce<Sum>(total, blockDim.x / 32, scratch);
   if (!live) return;
   const float rstd = 1.0f / sqrtf(total / static_cast<float>(cols) + p.eps);
-  if (threadIdx.x == 0) p.rstd[r] = rstd;
+  if (p.rstd && threadIdx.x == 0) p.rstd[r] = rstd;
   for_packs<N, V>(cols, [&](int k, int c) {
     const Pack<T, V> s = kept.get(k, s_row + c);
     Pack<T, V> out;
@@ -104,7 +104,7 @@ void fwd(const DLTensor* x_, const DLTensor* residual_, const DLTensor* weight_,
   p.residual = args.optional(residual);
   if (residual.present()) p.s = args.required(s);
   p.weight = args.vector(weight);
-  p.rstd = args.statistic(rstd);
+  p.rstd = args.optional_statistic(rstd);
   require(eps >= 0, kOp, ": eps must not be negative; got ", eps);
   p.cols = args.cols, p.dtype = args.dtype, p.eps = static_cast<float>(eps);
   if (args.rows == 0) return;

@@ -2,7 +2,7 @@
 //   s[r,:] = x[r,:] + residual[r,:]            (rounded to x's dtype; s is x when residual is NULL)
 //   rstd[r] = 1 / sqrt(mean_c s[r,c]^2 + eps)
 //   y[r,:]  = s[r,:] * rstd[r] * weight[:]     (weight NULL is all ones)
-//   x, residual, y, s : (R, C) float32, bfloat16 or float16, rows contiguous in C, any row stride
+//   x, residual, y, s : (R, C) float32, bfloat16 or float16, rows contiguous in C, any row stride; or contiguous (..., C)
 //   weight : (C) of x's dtype or float32       rstd : (R) float32
 // Gradients, with g = dy * weight and xhat = s * rstd:
 //   dx[r,:] = rstd[r] * (g[r,:] - xhat[r,:] * mean_c(g * xhat)[r]) + ds[r,:]     (also the residual's gradient)
@@ -12,7 +12,7 @@
 
 #include "mlcore/api.h"
 
-// s may be NULL when residual is NULL.
+// s may be NULL when residual is NULL; rstd may be NULL.
 MLC_API int mlc_rms_norm_fwd(const DLTensor* x, const DLTensor* residual, const DLTensor* weight, double eps, DLTensor* y,
                              DLTensor* s, DLTensor* rstd);
 

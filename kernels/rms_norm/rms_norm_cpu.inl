@@ -17,8 +17,9 @@ void fwd_rows(const RmsNormFwd& p, int64_t row_begin, int64_t row_end) {
       const Vec v = load_some(s + c, n);
       return v * v;
     });
-    p.rstd[r] = 1.0f / sqrtf(total / static_cast<float>(p.cols) + p.eps);
-    const Vec rstd = Vec::set1(p.rstd[r]);
+    const float scale = 1.0f / sqrtf(total / static_cast<float>(p.cols) + p.eps);
+    if (p.rstd) p.rstd[r] = scale;
+    const Vec rstd = Vec::set1(scale);
     for_row(p.cols, [&](int64_t c, int n) {
       const Vec xhat = load_some(s + c, n) * rstd;
       store_some(y + c, weight ? xhat * load_some(weight + c, n) : xhat, n);

@@ -78,11 +78,16 @@ def choose(op: str, impl: str | None, tensor: torch.Tensor) -> str:
     if impl is not None:
         if impl not in BACKENDS:
             raise ValueError(f"{op}: impl must be one of {', '.join(BACKENDS)} or None; got {impl!r}")
-        reason = refusal(op, impl, tensor.device, tensor.dtype)
+        reason = _explicit(op, impl, tensor.device.type, tensor.dtype)
         if reason is not None:
             raise ValueError(f"{op}: impl={impl!r} can't serve this call: {reason}")
         return impl
     return _automatic(op, tensor.device.type, tensor.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _explicit(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
+    return refusal(op, impl, torch.device(device), dtype)
 
 
 @torch.compiler.assume_constant_result

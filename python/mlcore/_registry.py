@@ -23,17 +23,21 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
 _grad_enabled = torch.is_grad_enabled
 _compiling = torch.compiler.is_compiling
+_watch = _C.watch
 
 
-def register(schema: str, *, launch: Callable, fake: Callable, lower_precision: bool = False) -> torch._ops.OpOverload:
+def register(
+    schema: str, *, launch: Callable, fake: Callable, cpu_launch: Callable | None = None, lower_precision: bool = False
+) -> torch._ops.OpOverload:
     """Defines mlcore::<schema>, with one launcher for CPU and CUDA tensors and the fake that mirrors its outputs.
 
+    cpu_launch: another launcher for CPU tensors, where a shorter way is worth its lines.
     lower_precision: under torch.autocast the op's floating tensors are cast to the autocast dtype (as torch does for matmul
     and attention); otherwise they are taken as they are, after promotion by the public function.
     """
     name = schema.split("(", 1)[0]
     _LIB.define(schema)
-    _LIB.impl(name, launch, "CPU")
+    _LIB.impl(name, cpu_launch or launch, "CPU")
     _LIB.impl(name, launch, "CUDA")
     torch.library.register_fake(f"mlcore::{name}", fake, lib=_LIB)
     if lower_precision:
@@ -80,10 +84,25 @@ def direct(*tensors: torch.Tensor | None) -> bool:
     """True when nothing watches the call: no tracing, no mode, no transform, only plain tensors. Grad is the caller's check."""
     if _compiling() or _dispatch_modes() or _functorch_level() is not None or _tracing() is not None:
         return False
+    if forward_ad._current_level >= 0:
+        return False
     for t in tensors:
         if t is not None and (type(t) not in _PLAIN or t.is_neg()):
             return False
     return True
+
+
+def lean(*tensors: torch.Tensor | None) -> int:
+    """direct() and needs_grad() in one, for tensors that a CPU kernel takes as they stand: contiguous float32, bf16 or fp16.
+
+    0: the general way; 1: straight to the kernel; 2: the same, and autograd must record the call.
+    """
+    return 0 if _compiling() else _watch(*tensors)
+
+
+def direct_apply(function: type[torch.autograd.Function]) -> Callable:
+    """function.apply for direct() calls: below its Python wrapper, which looks for torch.func's transforms (1.5 us a call)."""
+    return super(torch.autograd.Function, function).apply
 
 
 _kernels: dict[tuple[str, str, str], Callable] = {}

@@ -210,6 +210,29 @@ class NormSuite:
                 testing.check_op(bwd, (y, ds, s, *vectors, *stats, *needs, backend))
                 testing.check_op(bwd, (y.mT.contiguous().mT, ds, s, *vectors, *stats, *[False] * len(needs), backend))
 
+    @pytest.mark.parametrize("dtype", [F32, BF16, F64])
+    @pytest.mark.parametrize("strided", [False, True])
+    def test_lean_op(self, dtype, strided):
+        """What the public function calls where nothing is asked but y: same bits by the direct way, the op and the kernel."""
+        x, *vectors, _ = self.make((6, 5, 20), dtype).values()
+        if strided:
+            x, vectors = x.mT.contiguous().mT, [v.repeat_interleave(2)[::2] for v in vectors]
+        handle = getattr(torch.ops.mlcore, self.op).default
+        testing.check_op(handle, (x, *vectors, self.eps))
+        want = self.call(x, *vectors, impl="reference" if dtype == F64 else "cpu")
+        assert torch.equal(handle(x, *vectors, self.eps), want)
+        assert torch.equal(self.call(x, *vectors), want)
+        with torch.no_grad():
+            testing.check_public(lambda *args: self.call(*args), [x, *vectors])
+
+    def test_lean_way_records_gradients(self):
+        x, *vectors, dy = self.make((6, 5, 20), F32, residual=True).values()
+        leaves = [t.requires_grad_() for t in (x, *vectors)]
+        got, want = (torch.autograd.grad(self.call(x, *vectors, impl=impl), leaves, dy) for impl in (None, "cpu"))
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+        unused = torch.autograd.grad(self.call(x, *vectors).detach().sum() + x.sum(), leaves, allow_unused=True)
+        assert unused[0] is not None and unused[1] is None
+
     def test_compiles_and_exports(self, impl):
         def arguments(*shape):
             x, *vectors, residual = self.make(shape, F32, residual=True, device=testing.device_of(impl)).values()
@@ -329,16 +352,20 @@ class NormSuite:
         # x, and s in the backward pass, are what the others are measured by.
         own = "" if name == ("x" if pass_name == "fwd" else "s") else name
         wide, low = torch.cat([value, value], -1), torch.float16
+        rows = value.dim() == 2 and name != "partial"
         wrong = [
-            (wide, f"{own} must be ("),
+            (wide, f"{own} must have {'x' if pass_name == 'fwd' else 's'}'s shape" if rows else f"{own} must be ("),
             (value.double(), f"{name} must be float32"),
             (value.to(low), f"{own} must be float"),
         ]
-        if value.dim() == 2 and name != "partial":
+        if rows:
             wrong.append((value.t().contiguous().t(), f"{name} must be contiguous in its last dimension; got stride 4"))
         else:
             wrong.append((wide[..., ::2], f"{name} must be contiguous; got strides"))
-        if name not in ("residual", "weight", "bias", "ds", "dweight", "dbias"):
+        optional = {"residual", "weight", "bias", "ds", "dweight", "dbias"} | (
+            {"mean", "rstd"} if pass_name == "fwd" else set()
+        )
+        if name not in optional:
             wrong.append((None, f"{name} must be given"))
         elif (name, pass_name) == ("weight", "bwd"):
             wrong.append((None, "dweight needs weight"))

@@ -74,6 +74,12 @@ def new_statistic(rows: torch.Tensor) -> torch.Tensor:
     return rows.new_empty(rows.shape[0], dtype=torch.float32)
 
 
+def new_lean_statistic(x: torch.Tensor) -> torch.Tensor:
+    """new_statistic() for contiguous x of any rank: (R). Naming a dtype that x has costs 0.4 us."""
+    rows = x.shape[:-1].numel()
+    return x.new_empty(rows) if x.dtype is torch.float32 else x.new_empty(rows, dtype=torch.float32)
+
+
 def shaped(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Contiguous rows in the shape that they were made from."""
     return rows if like.dim() == 2 else rows.view(like.shape)

@@ -5,20 +5,45 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from .._registry import create_graph, direct, kernel, needs_grad, register
+from .. import _C
+from .._backend import choose
+from .._registry import create_graph, direct, direct_apply, kernel, lean, needs_grad, register
 from ..kernels.layer_norm import layer_norm_ref
 from . import _rows
 
 _OP = "layer_norm"
+_cpu_fwd = _C.launch.layer_norm_fwd
+_empty_like = torch.empty_like
 
 
-def _run_fwd(x, residual, weight, bias, eps, impl):
+def _run_fwd(x, residual, weight, bias, eps, impl, statistics=True):
     rows = _rows.rows_of(x)  # (R, C)
-    y, mean, rstd = _rows.new_rows(rows), _rows.new_statistic(rows), _rows.new_statistic(rows)
+    y = _rows.new_rows(rows)
+    mean, rstd = (_rows.new_statistic(rows), _rows.new_statistic(rows)) if statistics else (None, None)
     s = None if residual is None else _rows.new_rows(rows)
     fwd = kernel(_OP, "fwd", impl)
     fwd(rows, _rows.rows_of(residual), _rows.contiguous(weight), _rows.contiguous(bias), eps, y, s, mean, rstd)
     return _rows.shaped(y, x), None if s is None else _rows.shaped(s, x), mean, rstd
+
+
+def _infer_lean(x, weight, bias, eps):
+    y = _empty_like(x)
+    _cpu_fwd(x, None, weight, bias, eps, y, None, None, None)
+    return y
+
+
+def _infer_launch(x, weight, bias, eps):
+    impl = choose(_OP, None, x)
+    if impl == "reference":
+        return layer_norm_ref.layer_norm(x, weight, bias, None, eps)[0].contiguous()
+    return _run_fwd(x, None, weight, bias, eps, impl, statistics=False)[0]
+
+
+def _infer_cpu(x, weight, bias, eps):
+    try:
+        return _infer_lean(x, weight, bias, eps)
+    except ValueError:  # strides that take a copy; what is wrong is refused once more
+        return _infer_launch(x, weight, bias, eps)
 
 
 def _run_bwd(dy, ds, s, weight, bias, mean, rstd, need_dweight, need_dbias, impl):
@@ -59,6 +84,13 @@ _fwd = register(
     launch=_fwd_launch,
     fake=_fwd_fake,
 )
+# What most calls are, with one output: the dispatcher's part grows with arguments and outputs.
+_infer = register(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    launch=_infer_launch,
+    cpu_launch=_infer_cpu,
+    fake=lambda x, weight, bias, eps: _rows.fake_rows(x),
+)
 _bwd = register(
     "layer_norm_bwd(Tensor dy, Tensor? ds, Tensor s, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
     " bool need_dweight, bool need_dbias, str impl) -> (Tensor dx, Tensor dweight, Tensor dbias)",
@@ -89,6 +121,21 @@ class _LayerNorm(torch.autograd.Function):
             dx, dweight, dbias = (_run_bwd if direct(*args[:7]) else _bwd)(*args)
         dx, dresidual = dx if need_x else None, dx if need_residual else None
         return dx, dresidual, dweight if need_weight else None, dbias if need_bias else None, None, None
+
+
+class _LayerNormLean(_LayerNorm):
+    """_LayerNorm for what lean() lets through."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps, impl):
+        y, mean, rstd = _empty_like(x), _rows.new_lean_statistic(x), _rows.new_lean_statistic(x)
+        _cpu_fwd(x, None, weight, bias, eps, y, None, mean, rstd)
+        ctx.eps, ctx.impl = eps, impl
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y
+
+
+_lean_apply = direct_apply(_LayerNormLean)
 
 
 class _LayerNormGrad(torch.autograd.Function):
@@ -141,12 +188,19 @@ def layer_norm(
     Raises:
         ValueError: shapes, dtypes or eps break the rules above, or impl can't serve the call.
     """
+    if residual is None and impl is None and (way := lean(x, weight, bias)):
+        try:
+            return _infer_lean(x, weight, bias, eps) if way == 1 else _lean_apply(x, None, weight, bias, eps, "cpu")
+        except ValueError:  # refused by the kernel: the checks below say it in torch's terms
+            pass
     x, residual, backend = _rows.norm_args(_OP, x, weight, bias, residual, eps, impl)
     if backend == "reference":
         y, s = layer_norm_ref.layer_norm(x, weight, bias, residual, eps)
     elif needs_grad(x, residual, weight, bias):
         out = _LayerNorm.apply(x, residual, weight, bias, eps, backend)
         y, s = (out, None) if residual is None else out
+    elif residual is None and impl is None:
+        y, s = (_infer_launch if direct(x, weight, bias) else _infer)(x, weight, bias, eps), None
     else:
         run = _run_fwd if direct(x, residual, weight, bias) else _fwd
         y, s, *_ = run(x, residual, weight, bias, eps, backend)

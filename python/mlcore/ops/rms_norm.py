@@ -5,20 +5,44 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from .._registry import create_graph, direct, kernel, needs_grad, register
+from .. import _C
+from .._backend import choose
+from .._registry import create_graph, direct, direct_apply, kernel, lean, needs_grad, register
 from ..kernels.rms_norm import rms_norm_ref
 from . import _rows
 
 _OP = "rms_norm"
+_cpu_fwd = _C.launch.rms_norm_fwd
+_empty_like = torch.empty_like
 
 
-def _run_fwd(x, residual, weight, eps, impl):
+def _run_fwd(x, residual, weight, eps, impl, statistics=True):
     rows = _rows.rows_of(x)  # (R, C)
-    y, rstd = _rows.new_rows(rows), _rows.new_statistic(rows)
+    y, rstd = _rows.new_rows(rows), _rows.new_statistic(rows) if statistics else None
     s = None if residual is None else _rows.new_rows(rows)
     fwd = kernel(_OP, "fwd", impl)
     fwd(rows, _rows.rows_of(residual), _rows.contiguous(weight), eps, y, s, rstd)
     return _rows.shaped(y, x), None if s is None else _rows.shaped(s, x), rstd
+
+
+def _infer_lean(x, weight, eps):
+    y = _empty_like(x)
+    _cpu_fwd(x, None, weight, eps, y, None, None)
+    return y
+
+
+def _infer_launch(x, weight, eps):
+    impl = choose(_OP, None, x)
+    if impl == "reference":
+        return rms_norm_ref.rms_norm(x, weight, None, eps)[0].contiguous()
+    return _run_fwd(x, None, weight, eps, impl, statistics=False)[0]
+
+
+def _infer_cpu(x, weight, eps):
+    try:
+        return _infer_lean(x, weight, eps)
+    except ValueError:  # strides that take a copy; what is wrong is refused once more
+        return _infer_launch(x, weight, eps)
 
 
 def _run_bwd(dy, ds, s, weight, rstd, need_dweight, impl):
@@ -55,6 +79,13 @@ _fwd = register(
     launch=_fwd_launch,
     fake=_fwd_fake,
 )
+# What most calls are, with one output: the dispatcher's part grows with arguments and outputs.
+_infer = register(
+    "rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor",
+    launch=_infer_launch,
+    cpu_launch=_infer_cpu,
+    fake=lambda x, weight, eps: _rows.fake_rows(x),
+)
 _bwd = register(
     "rms_norm_bwd(Tensor dy, Tensor? ds, Tensor s, Tensor? weight, Tensor rstd, bool need_dweight, str impl)"
     " -> (Tensor dx, Tensor dweight)",
@@ -84,6 +115,21 @@ class _RmsNorm(torch.autograd.Function):
         else:
             dx, dweight = (_run_bwd if direct(*args[:5]) else _bwd)(*args)
         return dx if need_x else None, dx if need_residual else None, dweight if need_weight else None, None, None
+
+
+class _RmsNormLean(_RmsNorm):
+    """_RmsNorm for what lean() lets through."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, impl):
+        y, rstd = _empty_like(x), _rows.new_lean_statistic(x)
+        _cpu_fwd(x, None, weight, eps, y, None, rstd)
+        ctx.eps, ctx.impl = eps, impl
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+
+_lean_apply = direct_apply(_RmsNormLean)
 
 
 class _RmsNormGrad(torch.autograd.Function):
@@ -134,12 +180,19 @@ def rms_norm(
     Raises:
         ValueError: shapes, dtypes or eps break the rules above, or impl can't serve the call.
     """
+    if residual is None and impl is None and (way := lean(x, weight)):
+        try:
+            return _infer_lean(x, weight, eps) if way == 1 else _lean_apply(x, None, weight, eps, "cpu")
+        except ValueError:  # refused by the kernel: the checks below say it in torch's terms
+            pass
     x, residual, backend = _rows.norm_args(_OP, x, weight, None, residual, eps, impl)
     if backend == "reference":
         y, s = rms_norm_ref.rms_norm(x, weight, residual, eps)
     elif needs_grad(x, residual, weight):
         out = _RmsNorm.apply(x, residual, weight, eps, backend)
         y, s = (out, None) if residual is None else out
+    elif residual is None and impl is None:
+        y, s = (_infer_launch if direct(x, weight) else _infer)(x, weight, eps), None
     else:
         run = _run_fwd if direct(x, residual, weight) else _fwd
         y, s, _ = run(x, residual, weight, eps, backend)
