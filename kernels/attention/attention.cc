@@ -137,7 +137,8 @@ void fwd(const Args& a, const DLTensor* o_, const DLTensor* lse_) {
     panels.v_finite = reinterpret_cast<uint8_t*>(panels.v + s.k_tiles * plan.v_tile_floats);
     return panels;
   };
-  // Long query tiles first, so that no thread is left with one at the end.
+  // Head after head, so that a head's panels stay in the L2 cache; long query tiles first, so that no thread is left with one
+  // at the end.
   const auto query_tile = [&](int64_t n) { return s.q_tiles - 1 - n; };
 
   switch (plan.mode) {
@@ -153,8 +154,8 @@ void fwd(const Args& a, const DLTensor* o_, const DLTensor* lse_) {
       break;
     case FwdPlan::Mode::on_the_way:  // too few queries to pay for packing: each query tile packs what it visits
       parallel_claim(p.B * p.H * s.q_tiles, plan.threads, [&](int64_t n, int thread) {
-        const int64_t head = n % (p.B * p.H);
-        kernels.fwd(p, head / p.H, head % p.H, query_tile(n / (p.B * p.H)), KeyValuePanels{}, own + thread * scratch_floats);
+        const int64_t head = n / s.q_tiles;
+        kernels.fwd(p, head / p.H, head % p.H, query_tile(n % s.q_tiles), KeyValuePanels{}, own + thread * scratch_floats);
       });
       break;
     case FwdPlan::Mode::shared:  // pack some pairs together, then share their query tiles out
@@ -165,8 +166,8 @@ void fwd(const Args& a, const DLTensor* o_, const DLTensor* lse_) {
           kernels.pack(p, pair / p.Hkv, pair % p.Hkv, n % s.k_tiles, panels_at(shared + (n / s.k_tiles) * plan.pair_floats));
         });
         parallel_claim(heads * s.q_tiles, plan.threads, [&](int64_t n, int thread) {
-          const int64_t local = n % heads / p.group(), pair = first + local, g = n % heads % p.group();
-          kernels.fwd(p, pair / p.Hkv, pair % p.Hkv * p.group() + g, query_tile(n / heads),
+          const int64_t head = n / s.q_tiles, local = head / p.group(), pair = first + local, g = head % p.group();
+          kernels.fwd(p, pair / p.Hkv, pair % p.Hkv * p.group() + g, query_tile(n % s.q_tiles),
                       panels_at(shared + local * plan.pair_floats), own + thread * scratch_floats);
         });
       }

@@ -59,6 +59,30 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int pick) {
   return join<__m512>(join<__m256>(part<__m128>(a, pick & 3), part<__m128>(a, (pick >> 2) & 3)),
                       join<__m256>(part<__m128>(b, (pick >> 4) & 3), part<__m128>(b, (pick >> 6) & 3)));
 }
+template <int kRounding>
+inline __m512 reduce_ps(__m512 v) {  // v - floor(v)
+  static_assert((kRounding & 0xf7) == _MM_FROUND_TO_NEG_INF);
+  float x[16];
+  memcpy(x, &v, sizeof x);
+  for (float& a : x) a = __builtin_isinf(a) ? 0.0f : a - __builtin_floorf(a);
+  return _mm512_loadu_ps(x);
+}
+inline __m512 maskz_scalef_ps(__mmask16 lanes, __m512 v, __m512 power) {
+  float x[16], n[16];
+  memcpy(x, &v, sizeof x);
+  memcpy(n, &power, sizeof n);
+  for (int i = 0; i < 16; ++i) {
+    const float whole = __builtin_floorf(n[i]);
+    if (!((lanes >> i) & 1)) {
+      x[i] = 0.0f;
+    } else if (whole != whole) {
+      x[i] = whole;
+    } else {
+      x[i] = __builtin_ldexpf(x[i], whole > 300.0f ? 300 : whole < -300.0f ? -300 : static_cast<int>(whole));
+    }
+  }
+  return _mm512_loadu_ps(x);
+}
 
 }  // namespace mlcore::MLC_ISA::emulated
 
@@ -83,6 +107,12 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int pick) {
 #endif
 #if !defined(_mm512_cvtps_ph)
 #define _mm512_cvtps_ph(v, rounding) emulated::cvtps_ph<rounding>(v)
+#endif
+#if !defined(_mm512_reduce_ps)
+#define _mm512_reduce_ps(v, rounding) emulated::reduce_ps<rounding>(v)
+#endif
+#if !defined(_mm512_maskz_scalef_ps)
+#define _mm512_maskz_scalef_ps(lanes, v, power) emulated::maskz_scalef_ps(lanes, v, power)
 #endif
 #if !defined(_mm512_extractf32x8_ps)
 #define _mm512_extractf32x8_ps(v, i) (emulated::part<__m256>(v, i))

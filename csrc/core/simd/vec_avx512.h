@@ -61,8 +61,12 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-inline Vec scale_by_power(Vec p, Vec n) {  // p * 2^n for p near 1, n a whole number in [-127, 127]
-  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.v), _mm512_slli_epi32(_mm512_cvtps_epi32(n.v), 23)))};
+// a - floor(a), in [0, 1]; 0 for an infinity.
+inline Vec above_floor(Vec a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+// p * 2^floor(x); 0 where x < -126, so that no subnormal number slows down what follows.
+inline Vec scale_by_floor_power(Vec p, Vec x) {
+  const __mmask16 normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(normal, p.v, x.v)};
 }
 // Lane i of a where bit i is set, else of b.
 inline Vec select(uint32_t bits, Vec a, Vec b) { return {_mm512_mask_mov_ps(b.v, static_cast<__mmask16>(bits), a.v)}; }
