@@ -208,6 +208,35 @@ class Turns {
   std::unique_ptr<std::atomic<int32_t>[]> done_;
 };
 
+// The tile list by key blocks: which query tiles visit each block. One pass counts, one fills.
+struct Visits {
+  std::vector<int64_t> ptr;
+  std::vector<int32_t> tiles;
+
+  Visits(Schedule& s, int64_t sets, int64_t block_tiles) {
+    if (s.row_ptr == nullptr || s.same_for_all_queries) return;
+    const int64_t blocks = (s.k_tiles + block_tiles - 1) / block_tiles;
+    const auto for_visits = [&](auto&& body) {
+      for (int64_t set = 0; set < sets; ++set)
+        for (int64_t qt = 0; qt < s.q_tiles; ++qt) {
+          int64_t last = -1;
+          for (int64_t e = s.row_ptr[set * s.q_tiles + qt]; e < s.row_ptr[set * s.q_tiles + qt + 1]; ++e) {
+            const int64_t block = s.cols[e] / block_tiles;
+            if (block != last) body(set * blocks + block, qt);
+            last = block;
+          }
+        }
+    };
+    ptr.assign(sets * blocks + 1, 0);
+    for_visits([&](int64_t block, int64_t) { ++ptr[block + 1]; });
+    for (size_t i = 1; i < ptr.size(); ++i) ptr[i] += ptr[i - 1];
+    tiles.resize(ptr.back());
+    std::vector<int64_t> at(ptr.begin(), ptr.end() - 1);
+    for_visits([&](int64_t block, int64_t qt) { tiles[at[block]++] = static_cast<int32_t>(qt); });
+    s.visit_ptr = ptr.data(), s.visits = tiles.data(), s.blocks = blocks;
+  }
+};
+
 void bwd(const Args& a, const DLTensor* o_, const DLTensor* lse_, const DLTensor* d_o_, const DLTensor* d_lse_,
          const DLTensor* dq_, const DLTensor* dk_, const DLTensor* dv_, const DLTensor* dbias_) {
   AttentionProblem p = make_problem(a);
@@ -238,13 +267,14 @@ void bwd(const Args& a, const DLTensor* o_, const DLTensor* lse_, const DLTensor
   }
 
   const AttentionKernels& kernels = attention_kernels_now();
-  const Schedule& s = p.schedule;
+  Schedule& s = p.schedule;
   const int64_t rows = p.B * p.H * p.Tq;
   // Key blocks of all pairs that add to the same part of dbias are one unit: its pairs take their turn inside the block.
   const int64_t b_in_unit = bias_shared_b ? p.B : 1, hkv_in_unit = bias_shared_h ? p.Hkv : 1;
   const int64_t units_b = p.B / std::max<int64_t>(b_in_unit, 1), units_h = p.Hkv / std::max<int64_t>(hkv_in_unit, 1),
                 units = units_b * units_h;
   const BwdPlan plan(p, kernels.width, num_threads(), units);
+  const Visits visits(s, a.set_b * a.set_h, plan.block_tiles);
   const int64_t scratch_floats = kernels.bwd_scratch(p, plan.block_tiles);
   const bool in_place = p.dtype == Dtype::f32 && p.D % kernels.width == 0;
   const int64_t padded_D = round_up_to(p.D, kernels.width);
@@ -266,7 +296,7 @@ void bwd(const Args& a, const DLTensor* o_, const DLTensor* lse_, const DLTensor
     for (int64_t b = unit / units_h * b_in_unit; b < (unit / units_h + 1) * b_in_unit; ++b)
       for (int64_t hkv = unit % units_h * hkv_in_unit; hkv < (unit % units_h + 1) * hkv_in_unit; ++hkv) {
         Turns::Block turn{&turns, b, block};
-        kernels.bwd(p, b, hkv, begin, end, DqOrder{&turn, Turns::enter, Turns::leave}, own + thread * scratch_floats);
+        kernels.bwd(p, b, hkv, block, begin, end, DqOrder{&turn, Turns::enter, Turns::leave}, own + thread * scratch_floats);
       }
   });
   if (!in_place) parallel_for(rows, 256, [&](int64_t begin, int64_t end) { kernels.store_dq(p, begin, end); });

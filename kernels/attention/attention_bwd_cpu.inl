@@ -126,8 +126,8 @@ void store_rows(const Operand& out, int64_t b, int64_t hkv, int64_t t, int rows,
 }
 
 template <class T>
-void bwd_block(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_begin, int64_t kt_end, const DqOrder& order,
-               float* scratch) {
+void bwd_block(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t block, int64_t kt_begin, int64_t kt_end,
+               const DqOrder& order, float* scratch) {
   const int64_t tiles = kt_end - kt_begin, D = padded(p.D), Dv = padded(p.Dv);
   const BwdScratch w(p, tiles, scratch);
   for (int64_t c = 0; c < tiles; ++c) {
@@ -178,9 +178,7 @@ void bwd_block(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_beg
 
   for (int64_t g = 0; g < p.group(); ++g) {
     const int64_t h = hkv * p.group() + g, set = p.schedule.set_of(b, h);
-    int64_t first, last;
-    p.schedule.query_range(kt_begin, kt_end, first, last);
-    for (int64_t qt = first; qt <= last; ++qt) {
+    p.schedule.for_query_tiles(set, block, kt_begin, kt_end, [&](int64_t qt) {
       bool entered = false;
       p.schedule.for_key_tiles(set, qt, kt_begin, kt_end, [&](int64_t kt, int id) {
         if (!entered) {
@@ -191,7 +189,7 @@ void bwd_block(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_beg
         one_tile(h, qt, kt, id);
       });
       if (entered) order.leave(order.self, h, qt);
-    }
+    });
   }
   for (int64_t c = 0; c < tiles; ++c) {
     const int nk = tile_rows(p.Tk, kt_begin + c);
@@ -222,9 +220,9 @@ void attention_delta(const AttentionProblem& p, const float* d_lse, int64_t row_
   });
 }
 
-void attention_bwd(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_begin, int64_t kt_end, const DqOrder& order,
-                   float* scratch) {
-  with_type(p.dtype, [&](auto t) { bwd_block<decltype(t)>(p, b, hkv, kt_begin, kt_end, order, scratch); });
+void attention_bwd(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t block, int64_t kt_begin, int64_t kt_end,
+                   const DqOrder& order, float* scratch) {
+  with_type(p.dtype, [&](auto t) { bwd_block<decltype(t)>(p, b, hkv, block, kt_begin, kt_end, order, scratch); });
 }
 
 void attention_zero_dq_sum(const AttentionProblem& p, int64_t row_begin, int64_t row_end) {

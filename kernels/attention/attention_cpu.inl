@@ -183,8 +183,8 @@ void pack(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt, const K
 // Defined in attention_bwd_cpu.inl.
 int64_t attention_bwd_scratch(const AttentionProblem& p, int64_t tiles);
 void attention_delta(const AttentionProblem& p, const float* d_lse, int64_t row_begin, int64_t row_end, float* delta);
-void attention_bwd(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_begin, int64_t kt_end, const DqOrder& order,
-                   float* scratch);
+void attention_bwd(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t block, int64_t kt_begin, int64_t kt_end,
+                   const DqOrder& order, float* scratch);
 void attention_zero_dq_sum(const AttentionProblem& p, int64_t row_begin, int64_t row_end);
 void attention_store_dq(const AttentionProblem& p, int64_t row_begin, int64_t row_end);
 

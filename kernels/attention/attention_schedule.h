@@ -19,6 +19,11 @@ struct Schedule {
   const uint64_t* bits;
   int64_t set_stride_b, set_stride_h;
   bool same_for_all_queries;  // row_ptr has one query tile a set
+  // The list by key blocks, for backward: visits[visit_ptr[set * blocks + n] ...] are the query tiles with an entry in block n,
+  // rising. Null: every query tile of the band is asked.
+  const int64_t* visit_ptr;
+  const int32_t* visits;
+  int64_t blocks;
 
   static constexpr int64_t kUnlimited = int64_t{1} << 60;
 
@@ -67,6 +72,19 @@ struct Schedule {
     }
     const int64_t row = list_row(set, qt);
     for (int64_t e = entry_from(row, first); e < row_ptr[row + 1] && cols[e] <= last; ++e) body(cols[e], ids[e]);
+  }
+
+  // body(qt) for the query tiles that may visit key tiles [kt_begin, kt_end), which are block n of the key blocks, rising.
+  template <class F>
+  void for_query_tiles(int64_t set, int64_t n, int64_t kt_begin, int64_t kt_end, F&& body) const {
+    int64_t first, last;
+    query_range(kt_begin, kt_end, first, last);
+    if (visit_ptr == nullptr) {
+      for (int64_t qt = first; qt <= last; ++qt) body(qt);
+      return;
+    }
+    for (int64_t e = visit_ptr[set * blocks + n]; e < visit_ptr[set * blocks + n + 1]; ++e)
+      if (visits[e] >= first && visits[e] <= last) body(visits[e]);
   }
 
   // The largest key tile below kt that query tile qt visits, or -1.
