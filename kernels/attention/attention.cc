@@ -128,15 +128,16 @@ void fwd(const Args& a, const DLTensor* o_, const DLTensor* lse_) {
   const AttentionKernels& kernels = attention_kernels_now();
   const Schedule& s = p.schedule;
   const int64_t pairs = p.B * p.Hkv;
-  const FwdPlan plan(p, kernels.width, num_threads());
+  const FwdPlan plan(p, kernels.width, num_threads(), a.set_b * a.set_h);
   const int64_t scratch_floats = kernels.fwd_scratch(p);
   float* shared = shared_scratch.floats(plan.shared_floats + plan.threads * (plan.own_floats + scratch_floats));
   float* own = shared + plan.shared_floats;
-  const auto panels_at = [&](float* base) {
-    KeyValuePanels panels{base, base + s.k_tiles * plan.k_tile_floats, nullptr};
-    panels.v_finite = reinterpret_cast<uint8_t*>(panels.v + s.k_tiles * plan.v_tile_floats);
+  const auto panels_of = [&](float* base, int64_t first, int64_t tiles) {
+    KeyValuePanels panels{base, base + tiles * plan.k_tile_floats, nullptr, first};
+    panels.v_finite = reinterpret_cast<uint8_t*>(panels.v + tiles * plan.v_tile_floats);
     return panels;
   };
+  const auto panels_at = [&](float* base) { return panels_of(base, 0, s.k_tiles); };
   // Long query tiles first, so that no thread is left with one at the end.
   const auto query_tile = [&](int64_t n) { return s.q_tiles - 1 - n; };
 
@@ -151,6 +152,21 @@ void fwd(const Args& a, const DLTensor* o_, const DLTensor* lse_) {
           for (int64_t qt = 0; qt < s.q_tiles; ++qt) kernels.fwd(p, b, hkv * p.group() + g, qt, panels, mine + plan.own_floats);
       });
       break;
+    case FwdPlan::Mode::local: {  // a thread packs the few keys that a chunk of queries needs
+      const int64_t chunks = (s.q_tiles + plan.chunk_tiles - 1) / plan.chunk_tiles;
+      parallel_claim(pairs * chunks, plan.threads, [&](int64_t n, int thread) {
+        float* mine = own + thread * (plan.own_floats + scratch_floats);
+        const int64_t pair = n / chunks, b = pair / p.Hkv, hkv = pair % p.Hkv, begin = n % chunks * plan.chunk_tiles;
+        const int64_t end = std::min(begin + plan.chunk_tiles, s.q_tiles);
+        int64_t first, last;
+        s.visited_range(a.set_b * a.set_h, begin, end, first, last);
+        const KeyValuePanels panels = panels_of(mine, first, std::max<int64_t>(last - first + 1, 0));
+        for (int64_t kt = first; kt <= last; ++kt) kernels.pack(p, b, hkv, kt, panels);
+        for (int64_t g = 0; g < p.group(); ++g)
+          for (int64_t qt = begin; qt < end; ++qt) kernels.fwd(p, b, hkv * p.group() + g, qt, panels, mine + plan.own_floats);
+      });
+      break;
+    }
     case FwdPlan::Mode::on_the_way:  // too few queries to pay for packing: each query tile packs what it visits
       parallel_claim(p.B * p.H * s.q_tiles, plan.threads, [&](int64_t n, int thread) {
         const int64_t head = n % (p.B * p.H);

@@ -41,6 +41,7 @@ struct AttentionProblem {
 struct KeyValuePanels {
   float *k, *v;
   uint8_t* v_finite;
+  int64_t first = 0;  // the key tile that they begin with
 };
 
 // Called around the update of one query tile's dq by one block of key tiles: enter() returns when it is this block's turn.

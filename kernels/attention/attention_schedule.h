@@ -43,6 +43,26 @@ struct Schedule {
     first = lo <= 0 ? 0 : lo / kTile;
     last = hi < 0 ? -1 : (hi >= Tq ? q_tiles - 1 : hi / kTile);
   }
+  // Key tiles [first, last] that query tiles [qt_begin, qt_end) visit, and what lies between; last < first: none. sets: of the
+  // list.
+  void visited_range(int64_t sets, int64_t qt_begin, int64_t qt_end, int64_t& first, int64_t& last) const {
+    first = k_tiles, last = -1;
+    for (int64_t qt = qt_begin; qt < qt_end; ++qt) {
+      int64_t from, to;
+      key_range(qt, from, to);
+      for (int64_t set = 0; set < (row_ptr ? sets : 1); ++set) {
+        int64_t a = from, b = to;
+        if (row_ptr) {
+          const int64_t begin = row_ptr[list_row(set, qt)], end = row_ptr[list_row(set, qt) + 1];
+          if (begin == end) continue;
+          a = cols[begin] > from ? cols[begin] : from, b = cols[end - 1] < to ? cols[end - 1] : to;
+        }
+        if (a > b) continue;
+        if (a < first) first = a;
+        if (b > last) last = b;
+      }
+    }
+  }
   int64_t list_row(int64_t set, int64_t qt) const { return same_for_all_queries ? set : set * q_tiles + qt; }
 
   // The first list entry of the row whose key tile is not below kt.
