@@ -128,15 +128,16 @@ void fwd(const Args& a, const DLTensor* o_, const DLTensor* lse_) {
   const AttentionKernels& kernels = attention_kernels_now();
   const Schedule& s = p.schedule;
   const int64_t pairs = p.B * p.Hkv;
-  const FwdPlan plan(p, kernels.width, num_threads());
+  const FwdPlan plan(p, kernels.width, num_threads(), a.set_b * a.set_h);
   const int64_t scratch_floats = kernels.fwd_scratch(p);
   float* shared = shared_scratch.floats(plan.shared_floats + plan.threads * (plan.own_floats + scratch_floats));
   float* own = shared + plan.shared_floats;
-  const auto panels_at = [&](float* base) {
-    KeyValuePanels panels{base, base + s.k_tiles * plan.k_tile_floats, nullptr};
-    panels.v_finite = reinterpret_cast<uint8_t*>(panels.v + s.k_tiles * plan.v_tile_floats);
+  const auto panels_of = [&](float* base, int64_t first, int64_t tiles) {
+    KeyValuePanels panels{base, base + tiles * plan.k_tile_floats, nullptr, first};
+    panels.v_finite = reinterpret_cast<uint8_t*>(panels.v + tiles * plan.v_tile_floats);
     return panels;
   };
+  const auto panels_at = [&](float* base) { return panels_of(base, 0, s.k_tiles); };
   // Head after head, so that a head's panels stay in the L2 cache; long query tiles first, so that no thread is left with one
   // at the end.
   const auto query_tile = [&](int64_t n) { return s.q_tiles - 1 - n; };
@@ -152,6 +153,21 @@ void fwd(const Args& a, const DLTensor* o_, const DLTensor* lse_) {
           for (int64_t qt = 0; qt < s.q_tiles; ++qt) kernels.fwd(p, b, hkv * p.group() + g, qt, panels, mine + plan.own_floats);
       });
       break;
+    case FwdPlan::Mode::local: {  // a thread packs the few keys that a chunk of queries needs
+      const int64_t chunks = (s.q_tiles + plan.chunk_tiles - 1) / plan.chunk_tiles;
+      parallel_claim(pairs * chunks, plan.threads, [&](int64_t n, int thread) {
+        float* mine = own + thread * (plan.own_floats + scratch_floats);
+        const int64_t pair = n / chunks, b = pair / p.Hkv, hkv = pair % p.Hkv, begin = n % chunks * plan.chunk_tiles;
+        const int64_t end = std::min(begin + plan.chunk_tiles, s.q_tiles);
+        int64_t first, last;
+        s.visited_range(a.set_b * a.set_h, begin, end, first, last);
+        const KeyValuePanels panels = panels_of(mine, first, std::max<int64_t>(last - first + 1, 0));
+        for (int64_t kt = first; kt <= last; ++kt) kernels.pack(p, b, hkv, kt, panels);
+        for (int64_t g = 0; g < p.group(); ++g)
+          for (int64_t qt = begin; qt < end; ++qt) kernels.fwd(p, b, hkv * p.group() + g, qt, panels, mine + plan.own_floats);
+      });
+      break;
+    }
     case FwdPlan::Mode::on_the_way:  // too few queries to pay for packing: each query tile packs what it visits
       parallel_claim(p.B * p.H * s.q_tiles, plan.threads, [&](int64_t n, int thread) {
         const int64_t head = n / s.q_tiles;
@@ -209,6 +225,35 @@ class Turns {
   std::unique_ptr<std::atomic<int32_t>[]> done_;
 };
 
+// The tile list by key blocks: which query tiles visit each block. One pass counts, one fills.
+struct Visits {
+  std::vector<int64_t> ptr;
+  std::vector<int32_t> tiles;
+
+  Visits(Schedule& s, int64_t sets, int64_t block_tiles) {
+    if (s.row_ptr == nullptr || s.same_for_all_queries) return;
+    const int64_t blocks = (s.k_tiles + block_tiles - 1) / block_tiles;
+    const auto for_visits = [&](auto&& body) {
+      for (int64_t set = 0; set < sets; ++set)
+        for (int64_t qt = 0; qt < s.q_tiles; ++qt) {
+          int64_t last = -1;
+          for (int64_t e = s.row_ptr[set * s.q_tiles + qt]; e < s.row_ptr[set * s.q_tiles + qt + 1]; ++e) {
+            const int64_t block = s.cols[e] / block_tiles;
+            if (block != last) body(set * blocks + block, qt);
+            last = block;
+          }
+        }
+    };
+    ptr.assign(sets * blocks + 1, 0);
+    for_visits([&](int64_t block, int64_t) { ++ptr[block + 1]; });
+    for (size_t i = 1; i < ptr.size(); ++i) ptr[i] += ptr[i - 1];
+    tiles.resize(ptr.back());
+    std::vector<int64_t> at(ptr.begin(), ptr.end() - 1);
+    for_visits([&](int64_t block, int64_t qt) { tiles[at[block]++] = static_cast<int32_t>(qt); });
+    s.visit_ptr = ptr.data(), s.visits = tiles.data(), s.blocks = blocks;
+  }
+};
+
 void bwd(const Args& a, const DLTensor* o_, const DLTensor* lse_, const DLTensor* d_o_, const DLTensor* d_lse_,
          const DLTensor* dq_, const DLTensor* dk_, const DLTensor* dv_, const DLTensor* dbias_) {
   AttentionProblem p = make_problem(a);
@@ -239,13 +284,14 @@ void bwd(const Args& a, const DLTensor* o_, const DLTensor* lse_, const DLTensor
   }
 
   const AttentionKernels& kernels = attention_kernels_now();
-  const Schedule& s = p.schedule;
+  Schedule& s = p.schedule;
   const int64_t rows = p.B * p.H * p.Tq;
   // Key blocks of all pairs that add to the same part of dbias are one unit: its pairs take their turn inside the block.
   const int64_t b_in_unit = bias_shared_b ? p.B : 1, hkv_in_unit = bias_shared_h ? p.Hkv : 1;
   const int64_t units_b = p.B / std::max<int64_t>(b_in_unit, 1), units_h = p.Hkv / std::max<int64_t>(hkv_in_unit, 1),
                 units = units_b * units_h;
   const BwdPlan plan(p, kernels.width, num_threads(), units);
+  const Visits visits(s, a.set_b * a.set_h, plan.block_tiles);
   const int64_t scratch_floats = kernels.bwd_scratch(p, plan.block_tiles);
   const bool in_place = p.dtype == Dtype::f32 && p.D % kernels.width == 0;
   const int64_t padded_D = round_up_to(p.D, kernels.width);
@@ -267,7 +313,7 @@ void bwd(const Args& a, const DLTensor* o_, const DLTensor* lse_, const DLTensor
     for (int64_t b = unit / units_h * b_in_unit; b < (unit / units_h + 1) * b_in_unit; ++b)
       for (int64_t hkv = unit % units_h * hkv_in_unit; hkv < (unit % units_h + 1) * hkv_in_unit; ++hkv) {
         Turns::Block turn{&turns, b, block};
-        kernels.bwd(p, b, hkv, begin, end, DqOrder{&turn, Turns::enter, Turns::leave}, own + thread * scratch_floats);
+        kernels.bwd(p, b, hkv, block, begin, end, DqOrder{&turn, Turns::enter, Turns::leave}, own + thread * scratch_floats);
       }
   });
   if (!in_place) parallel_for(rows, 256, [&](int64_t begin, int64_t end) { kernels.store_dq(p, begin, end); });

@@ -42,4 +42,21 @@ MLC_API int mlc_attention_mask_codes(const DLTensor* mask, DLTensor* codes, DLTe
 MLC_API int mlc_attention_mask_tiles(const DLTensor* mask, const DLTensor* codes, DLTensor* row_ptr, DLTensor* cols,
                                      DLTensor* ids, DLTensor* bits);
 
+// A pattern (set_b, set_h) as a tile list. program (int64) is the number of sets, where each set's tree starts, and the trees,
+// each node before its parts:
+//   0 left right br          a band as above; a negative limit is none; br: offset is Tk - Tq, else 0
+//   1 stride br              keys j with (i + offset - j) % stride == 0
+//   2 stride phase           keys j with j % stride == phase
+//   3 br n (begin end)*      i + offset or j is a position in one of the n stretches, which rise
+//   4 n q[n+1] k[n+1] x ...  queries q[d] .. q[d+1]-1 see keys k[d] .. k[d+1]-1; with x = 1 as the tree that follows says,
+//                            where positions and lengths are the document's own (nodes 6 and 7 can't stand there)
+//   5 bq bk n m mask[n*m]    mask[i / bq, j / bk] is not 0
+//   6 q[Tq] k[Tk]            q[i] == k[j] >= 0
+//   7 n row_ptr[q_tiles+1] cols[listed] ids[listed] bits[n*64]
+//   8 n ..., 9 n ..., 10 .   all of n trees, any of n trees, not the tree that follows
+// counts (2) int64 gets the number of listed tiles and of rows of bits, each row of bits being there once. Where cols, ids
+// (room) and bits (room, 64) have room for them they are filled, and row_ptr (sets * q_tiles + 1); else nothing is: call again.
+MLC_API int mlc_attention_lower(const DLTensor* program, int64_t Tq, int64_t Tk, DLTensor* row_ptr, DLTensor* cols,
+                                DLTensor* ids, DLTensor* bits, DLTensor* counts);
+
 #endif  // MLCORE_ATTENTION_H_

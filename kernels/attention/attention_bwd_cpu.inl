@@ -39,12 +39,19 @@ struct BwdScratch {
 
 // pt: products -> probabilities, dst: dp -> ds. Queries in lanes.
 template <bool kPlain>
-void gradient_tile(const TileExtras& x, int nk, int nq, int nq_padded, float keep_scale, const BwdScratch& w) {
+void gradient_tile(const TileExtras& x, const TileRanges& ranges, int nk, int nq, int nq_padded, float keep_scale,
+                   const BwdScratch& w) {
   const bool drops = x.drop_keys != nullptr;
   for (int j = 0; j < nk; ++j) {
     const uint64_t kept = drops ? x.kept(j, nq) : 0;
     for (int i = 0; i < nq_padded; i += Vec::W) {
       float *pt = w.pt + j * kTile + i, *dst = w.dst + j * kTile + i;
+      if (!kPlain && (j < ranges.lo[i / kGroup] || j >= ranges.hi[i / kGroup])) {  // no score was computed here
+        Vec::zero().store(pt);
+        Vec::zero().store(dst);
+        if (x.softcap > 0) Vec::zero().store(w.raw + j * kTile + i);
+        continue;
+      }
       const Vec lse = Vec::load(w.lse + i), delta = Vec::load(w.delta + i);
       if constexpr (kPlain) {
         const Vec p = exp2(Vec::load(pt) - lse);
@@ -107,9 +114,9 @@ void load_queries(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, c
     w.delta[i] = i < nq ? p.delta[first + i] * w.factor[i] : 0.0f;
   }
   const T *q = row_of<T>(p.q, b, h, qt * kTile), *d_o = row_of<T>(p.d_o, b, h, qt * kTile);
-  pack_transposed(q, p.q.st, nq, p.D, OneScale{query_scale(p)}, nq_padded, kPanel, w.qt);
+  pack_transposed(q, p.q.st, nq, p.D, OneScale{query_scale(p)}, nq_padded, kSub, w.qt);
   pack_rows(q, p.q.st, nq, p.D, OneScale{1.0f}, w.q);
-  pack_transposed(d_o, p.d_o.st, nq, p.Dv, RowScale{w.factor}, nq_padded, kPanel, w.dot);
+  pack_transposed(d_o, p.d_o.st, nq, p.Dv, RowScale{w.factor}, nq_padded, kSub, w.dot);
   pack_rows(d_o, p.d_o.st, nq, p.Dv, RowScale{w.factor}, w.d_o);
   if (p.drop_below || p.drop_all)
     for (int i = 0; i < nq; ++i)
@@ -126,8 +133,8 @@ void store_rows(const Operand& out, int64_t b, int64_t hkv, int64_t t, int rows,
 }
 
 template <class T>
-void bwd_block(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_begin, int64_t kt_end, const DqOrder& order,
-               float* scratch) {
+void bwd_block(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t block, int64_t kt_begin, int64_t kt_end,
+               const DqOrder& order, float* scratch) {
   const int64_t tiles = kt_end - kt_begin, D = padded(p.D), Dv = padded(p.Dv);
   const BwdScratch w(p, tiles, scratch);
   for (int64_t c = 0; c < tiles; ++c) {
@@ -149,26 +156,27 @@ void bwd_block(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_beg
   const auto one_tile = [&](int64_t h, int64_t qt, int64_t kt, int id) {
     const int64_t c = kt - kt_begin;
     const int nq = tile_rows(p.Tq, qt), nq_padded = static_cast<int>(padded(nq)), nk = tile_rows(p.Tk, kt);
-    gemm<1, kTile, false>(nk, nq_padded, p.D, w.kt + c * p.D * kTile, w.qt, w.pt, kTile);      // s (keys, queries)
-    gemm<1, kTile, false>(nk, nq_padded, p.Dv, w.vt + c * p.Dv * kTile, w.dot, w.dst, kTile);  // dp (keys, queries)
     extras.words = p.schedule.tile_words(qt, kt, id, words) ? words : nullptr;
+    const TileRanges ranges = TileRanges::of(extras.words, nk, nq);
+    scores(ranges, nq_padded, p.D, w.kt + c * p.D * kTile, w.qt, w.pt);
+    scores(ranges, nq_padded, p.Dv, w.vt + c * p.Dv * kTile, w.dot, w.dst);  // dp (keys, queries)
     extras.first_key = kt * kTile;
     if (p.bias) {
       load_bias(p, b, h, qt, kt, w.raw, w.bias);
       extras.bias = w.bias;
     }
     if (extras.plain() && !extras.drop_keys) {
-      gradient_tile<true>(extras, nk, nq, nq_padded, 1.0f, w);
+      gradient_tile<true>(extras, ranges, nk, nq, nq_padded, 1.0f, w);
     } else {
-      gradient_tile<false>(extras, nk, nq, nq_padded, p.keep_scale, w);
+      gradient_tile<false>(extras, ranges, nk, nq, nq_padded, p.keep_scale, w);
     }
     if (p.dbias) add_dbias(p, b, h, qt, kt, nq, nk, w.dst);
     if (p.softcap > 0) apply_cap_gradient(nk, nq_padded, w);
-    gemm<kTile, 1, true>(nk, Dv, nq, w.pt, w.d_o, w.dv + c * kTile * Dv, Dv);  // dv (keys, Dv)
-    gemm<kTile, 1, true>(nk, D, nq, w.dst, w.q, w.dk + c * kTile * D, D);      // dk (keys, D)
+    grouped_product<kTile, 1, true>(ranges.q_lo, ranges.q_hi, nk, Dv, nq, w.pt, w.d_o, w.dv + c * kTile * Dv, Dv);
+    grouped_product<kTile, 1, true>(ranges.q_lo, ranges.q_hi, nk, D, nq, w.dst, w.q, w.dk + c * kTile * D, D);
     float* dq = const_cast<float*>(row_of<float>(p.dq_sum, b, h, qt * kTile));
     if (w.k_finite[c] || extras.sees_all()) {
-      gemm<1, kTile, true>(nq, D, nk, w.dst, w.k + c * kTile * D, dq, p.dq_sum.st);  // dq (queries, D)
+      grouped_product<1, kTile, true>(ranges.lo, ranges.hi, nq, D, nk, w.dst, w.k + c * kTile * D, dq, p.dq_sum.st);
     } else {
       careful_product<true>(
           nq, p.D, nk, w.k + c * kTile * D, dq, p.dq_sum.st, [&](int i, int j) { return extras.sees(j, i); },
@@ -178,9 +186,7 @@ void bwd_block(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_beg
 
   for (int64_t g = 0; g < p.group(); ++g) {
     const int64_t h = hkv * p.group() + g, set = p.schedule.set_of(b, h);
-    int64_t first, last;
-    p.schedule.query_range(kt_begin, kt_end, first, last);
-    for (int64_t qt = first; qt <= last; ++qt) {
+    p.schedule.for_query_tiles(set, block, kt_begin, kt_end, [&](int64_t qt) {
       bool entered = false;
       p.schedule.for_key_tiles(set, qt, kt_begin, kt_end, [&](int64_t kt, int id) {
         if (!entered) {
@@ -191,7 +197,7 @@ void bwd_block(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_beg
         one_tile(h, qt, kt, id);
       });
       if (entered) order.leave(order.self, h, qt);
-    }
+    });
   }
   for (int64_t c = 0; c < tiles; ++c) {
     const int nk = tile_rows(p.Tk, kt_begin + c);
@@ -222,9 +228,9 @@ void attention_delta(const AttentionProblem& p, const float* d_lse, int64_t row_
   });
 }
 
-void attention_bwd(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_begin, int64_t kt_end, const DqOrder& order,
-                   float* scratch) {
-  with_type(p.dtype, [&](auto t) { bwd_block<decltype(t)>(p, b, hkv, kt_begin, kt_end, order, scratch); });
+void attention_bwd(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t block, int64_t kt_begin, int64_t kt_end,
+                   const DqOrder& order, float* scratch) {
+  with_type(p.dtype, [&](auto t) { bwd_block<decltype(t)>(p, b, hkv, block, kt_begin, kt_end, order, scratch); });
 }
 
 void attention_zero_dq_sum(const AttentionProblem& p, int64_t row_begin, int64_t row_end) {

@@ -34,13 +34,14 @@ struct FwdScratch {
 
 // Online softmax of one tile, queries in lanes: st becomes p, m and l move on, alpha rescales what was summed before.
 template <bool kPlain>
-void softmax_tile(const TileExtras& x, int nk, int nq_padded, bool first, FwdScratch& w) {
+void softmax_tile(const TileExtras& x, const TileRanges& ranges, int nq_padded, bool first, FwdScratch& w) {
   const Vec lowest = Vec::set1(-3.4028234e38f);  // stands in for -inf where nothing was seen: exp2(-inf - lowest) is 0
   for (int i = 0; i < nq_padded; i += Vec::W) {
     float* st = w.st + i;
+    const int from = ranges.lo[i / kGroup], to = ranges.hi[i / kGroup];
     const Vec m_old = first ? Vec::set1(-INFINITY) : Vec::load(w.m + i);
     Vec m = m_old;
-    for (int j = 0; j < nk; ++j) {
+    for (int j = from; j < to; ++j) {
       Vec s = Vec::load(st + j * kTile);
       if constexpr (!kPlain) {
         s = select(x.seen(j, i), x.score(s, j, i), Vec::set1(-INFINITY));
@@ -56,10 +57,10 @@ void softmax_tile(const TileExtras& x, int nk, int nq_padded, bool first, FwdScr
       p.store(st + j * kTile);
       return p;
     };
-    int j = 0;
-    for (; j + 4 <= nk; j += 4)
+    int j = from;
+    for (; j + 4 <= to; j += 4)
       for (int x = 0; x < 4; ++x) sums[x] = sums[x] + weight(j + x);
-    for (; j < nk; ++j) sums[0] = sums[0] + weight(j);
+    for (; j < to; ++j) sums[0] = sums[0] + weight(j);
     const Vec total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     m.store(w.m + i);
     (first ? total : fma(Vec::load(w.l + i), alpha, total)).store(w.l + i);
@@ -117,7 +118,7 @@ void fwd_tile(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, const
   FwdScratch w(p, scratch);
   const int64_t ld = padded(p.Dv), hkv = h / p.group();
   const int nq = tile_rows(p.Tq, qt), nq_padded = static_cast<int>(padded(nq));
-  pack_transposed(row_of<T>(p.q, b, h, qt * kTile), p.q.st, nq, p.D, OneScale{query_scale(p)}, nq_padded, kPanel, w.qt);
+  pack_transposed(row_of<T>(p.q, b, h, qt * kTile), p.q.st, nq, p.D, OneScale{query_scale(p)}, nq_padded, kSub, w.qt);
   TileExtras extras;
   extras.softcap = p.softcap;
   if (p.drop_below || p.drop_all) {
@@ -132,21 +133,23 @@ void fwd_tile(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, const
     const float *k = w.k, *v = w.v;
     uint8_t v_finite;
     if (panels.k) {
-      k = panels.k + kt * kTile * p.D;
-      v = panels.v + kt * kTile * ld;
-      v_finite = panels.v_finite[kt];
+      k = panels.k + (kt - panels.first) * kTile * p.D;
+      v = panels.v + (kt - panels.first) * kTile * ld;
+      v_finite = panels.v_finite[kt - panels.first];
     } else {
       pack_tile<T>(p, b, hkv, kt, w.k, w.v, &v_finite);
     }
-    gemm<1, kTile, false>(nk, nq_padded, p.D, k, w.qt, w.st, kTile);  // st (keys, queries)
     extras.words = p.schedule.tile_words(qt, kt, id, words) ? words : nullptr;
+    const TileRanges ranges = TileRanges::of(extras.words, nk, nq);
+    scores(ranges, nq_padded, p.D, k, w.qt, w.st);
     extras.first_key = kt * kTile;
     if (p.bias) {
       load_bias(p, b, h, qt, kt, w.raw, w.bias);
       extras.bias = w.bias;
     }
     const bool first = !any;
-    extras.plain() ? softmax_tile<true>(extras, nk, nq_padded, first, w) : softmax_tile<false>(extras, nk, nq_padded, first, w);
+    extras.plain() ? softmax_tile<true>(extras, ranges, nq_padded, first, w)
+                   : softmax_tile<false>(extras, ranges, nq_padded, first, w);
     if (extras.drop_keys) apply_dropout(p, extras, nk, nq, nq_padded, w.st);
     if (!first) rescale_rows(w.o, ld, nq, w.alpha);
     any = true;
@@ -159,9 +162,9 @@ void fwd_tile(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, const
         careful_product<true>(nq, p.Dv, nk, v, w.o, ld, sees, weight);
       }
     } else if (first) {
-      gemm<1, kTile, false>(nq, ld, nk, w.st, v, w.o, ld);  // o (queries, Dv)
+      grouped_product<1, kTile, false>(ranges.lo, ranges.hi, nq, ld, nk, w.st, v, w.o, ld);  // o (queries, Dv)
     } else {
-      gemm<1, kTile, true>(nq, ld, nk, w.st, v, w.o, ld);
+      grouped_product<1, kTile, true>(ranges.lo, ranges.hi, nq, ld, nk, w.st, v, w.o, ld);
     }
   });
   store_output<T>(p, b, h, qt, nq, any, w);
@@ -172,9 +175,10 @@ void fwd(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, const KeyV
 }
 
 void pack(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt, const KeyValuePanels& panels) {
+  const int64_t slot = kt - panels.first;
   with_type(p.dtype, [&](auto t) {
-    pack_tile<decltype(t)>(p, b, hkv, kt, panels.k + kt * kTile * p.D, panels.v + kt * kTile * padded(p.Dv),
-                           panels.v_finite + kt);
+    pack_tile<decltype(t)>(p, b, hkv, kt, panels.k + slot * kTile * p.D, panels.v + slot * kTile * padded(p.Dv),
+                           panels.v_finite + slot);
   });
 }
 
@@ -183,8 +187,8 @@ void pack(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt, const K
 // Defined in attention_bwd_cpu.inl.
 int64_t attention_bwd_scratch(const AttentionProblem& p, int64_t tiles);
 void attention_delta(const AttentionProblem& p, const float* d_lse, int64_t row_begin, int64_t row_end, float* delta);
-void attention_bwd(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t kt_begin, int64_t kt_end, const DqOrder& order,
-                   float* scratch);
+void attention_bwd(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t block, int64_t kt_begin, int64_t kt_end,
+                   const DqOrder& order, float* scratch);
 void attention_zero_dq_sum(const AttentionProblem& p, int64_t row_begin, int64_t row_end);
 void attention_store_dq(const AttentionProblem& p, int64_t row_begin, int64_t row_end);
 

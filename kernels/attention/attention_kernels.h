@@ -41,6 +41,7 @@ struct AttentionProblem {
 struct KeyValuePanels {
   float *k, *v;
   uint8_t* v_finite;
+  int64_t first = 0;  // the key tile that they begin with
 };
 
 // Called around the update of one query tile's dq by one block of key tiles: enter() returns when it is this block's turn.
@@ -60,8 +61,8 @@ struct AttentionKernels {
   void (*fwd)(const AttentionProblem&, int64_t b, int64_t h, int64_t qt, const KeyValuePanels& panels, float* scratch);
   void (*delta)(const AttentionProblem&, const float* d_lse, int64_t row_begin, int64_t row_end,
                 float* delta);  // rows of (B, H, Tq)
-  // dk and dv of key tiles [kt_begin, kt_end) of (b, hkv), and their part of dq and dbias.
-  void (*bwd)(const AttentionProblem&, int64_t b, int64_t hkv, int64_t kt_begin, int64_t kt_end, const DqOrder&,
+  // dk and dv of key block `block`, tiles [kt_begin, kt_end) of (b, hkv), and their part of dq and dbias.
+  void (*bwd)(const AttentionProblem&, int64_t b, int64_t hkv, int64_t block, int64_t kt_begin, int64_t kt_end, const DqOrder&,
               float* scratch);
   void (*zero_dq_sum)(const AttentionProblem&, int64_t row_begin, int64_t row_end);  // rows of (B, H, Tq)
   void (*store_dq)(const AttentionProblem&, int64_t row_begin, int64_t row_end);

@@ -9,13 +9,14 @@ namespace mlcore {
 constexpr int64_t round_up_to(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 
 struct FwdPlan {
-  enum class Mode { per_pair, shared, on_the_way } mode;
+  enum class Mode { per_pair, shared, local, on_the_way } mode;
   int threads;
   int64_t k_tile_floats, v_tile_floats, pair_floats;  // of packed keys, values, and both of one (b, hkv) with flags
   int64_t own_floats = 0, shared_floats = 0;          // panels a thread has for itself, panels that all share
   int64_t pairs_at_once = 1;
+  int64_t chunk_tiles = 0, chunk_keys = 0;  // local: query tiles of a chunk, key tiles that one needs at most
 
-  FwdPlan(const AttentionProblem& p, int width, int max_threads) : threads(max_threads) {
+  FwdPlan(const AttentionProblem& p, int width, int max_threads, int64_t sets) : threads(max_threads) {
     const Schedule& s = p.schedule;
     k_tile_floats = kTile * p.D, v_tile_floats = kTile * round_up_to(p.Dv, width);
     pair_floats = round_up_to(s.k_tiles * (k_tile_floats + v_tile_floats) + (s.k_tiles + 3) / 4, 16);
@@ -27,11 +28,37 @@ struct FwdPlan {
     } else if (pair_floats <= kPairInL2 && (max_threads == 1 || pairs >= 4 * max_threads)) {
       mode = Mode::per_pair;
       own_floats = pair_floats;
+    } else if (narrow(s, sets, pairs)) {
+      mode = Mode::local;
+      own_floats = round_up_to(chunk_keys * (k_tile_floats + v_tile_floats) + (chunk_keys + 3) / 4, 16);
     } else {
       mode = Mode::shared;
       pairs_at_once = std::clamp<int64_t>(kSharedAtOnce / std::max<int64_t>(pair_floats, 1), 1, std::max<int64_t>(pairs, 1));
       shared_floats = pairs_at_once * pair_floats;
     }
+  }
+
+ private:
+  // Whether chunks of query tiles each need so few neighbouring keys that a thread packs them for itself, in its L2: windows
+  // and short documents. (1,8,4096,64), window 256, two threads: see README.md.
+  bool narrow(const Schedule& s, int64_t sets, int64_t pairs) {
+    constexpr int64_t kChunkInL2 = 192 * 1024;  // floats
+    for (int64_t size : {16, 8}) {
+      chunk_tiles = size, chunk_keys = 0;
+      int64_t packed = 0;
+      for (int64_t qt = 0; qt < s.q_tiles; qt += size) {
+        int64_t first, last;
+        s.visited_range(sets, qt, std::min(qt + size, s.q_tiles), first, last);
+        chunk_keys = std::max(chunk_keys, last - first + 1);
+        packed += std::max<int64_t>(last - first + 1, 0);
+        if (chunk_keys * (k_tile_floats + v_tile_floats) > kChunkInL2) break;
+      }
+      const int64_t chunks = (s.q_tiles + size - 1) / size;
+      if (chunk_keys * (k_tile_floats + v_tile_floats) <= kChunkInL2 && 2 * packed <= 3 * s.k_tiles &&
+          (threads == 1 || chunks * pairs >= 4 * threads))
+        return true;
+    }
+    return false;
   }
 };
 

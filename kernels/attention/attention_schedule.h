@@ -19,6 +19,11 @@ struct Schedule {
   const uint64_t* bits;
   int64_t set_stride_b, set_stride_h;
   bool same_for_all_queries;  // row_ptr has one query tile a set
+  // The list by key blocks, for backward: visits[visit_ptr[set * blocks + n] ...] are the query tiles with an entry in block n,
+  // rising. Null: every query tile of the band is asked.
+  const int64_t* visit_ptr;
+  const int32_t* visits;
+  int64_t blocks;
 
   static constexpr int64_t kUnlimited = int64_t{1} << 60;
 
@@ -37,6 +42,26 @@ struct Schedule {
     const int64_t lo = j0 - offset - right, hi = j1 - offset + left;
     first = lo <= 0 ? 0 : lo / kTile;
     last = hi < 0 ? -1 : (hi >= Tq ? q_tiles - 1 : hi / kTile);
+  }
+  // Key tiles [first, last] that query tiles [qt_begin, qt_end) visit, and what lies between; last < first: none. sets: of the
+  // list.
+  void visited_range(int64_t sets, int64_t qt_begin, int64_t qt_end, int64_t& first, int64_t& last) const {
+    first = k_tiles, last = -1;
+    for (int64_t qt = qt_begin; qt < qt_end; ++qt) {
+      int64_t from, to;
+      key_range(qt, from, to);
+      for (int64_t set = 0; set < (row_ptr ? sets : 1); ++set) {
+        int64_t a = from, b = to;
+        if (row_ptr) {
+          const int64_t begin = row_ptr[list_row(set, qt)], end = row_ptr[list_row(set, qt) + 1];
+          if (begin == end) continue;
+          a = cols[begin] > from ? cols[begin] : from, b = cols[end - 1] < to ? cols[end - 1] : to;
+        }
+        if (a > b) continue;
+        if (a < first) first = a;
+        if (b > last) last = b;
+      }
+    }
   }
   int64_t list_row(int64_t set, int64_t qt) const { return same_for_all_queries ? set : set * q_tiles + qt; }
 
@@ -67,6 +92,19 @@ struct Schedule {
     }
     const int64_t row = list_row(set, qt);
     for (int64_t e = entry_from(row, first); e < row_ptr[row + 1] && cols[e] <= last; ++e) body(cols[e], ids[e]);
+  }
+
+  // body(qt) for the query tiles that may visit key tiles [kt_begin, kt_end), which are block n of the key blocks, rising.
+  template <class F>
+  void for_query_tiles(int64_t set, int64_t n, int64_t kt_begin, int64_t kt_end, F&& body) const {
+    int64_t first, last;
+    query_range(kt_begin, kt_end, first, last);
+    if (visit_ptr == nullptr) {
+      for (int64_t qt = first; qt <= last; ++qt) body(qt);
+      return;
+    }
+    for (int64_t e = visit_ptr[set * blocks + n]; e < visit_ptr[set * blocks + n + 1]; ++e)
+      if (visits[e] >= first && visits[e] <= last) body(visits[e]);
   }
 
   // The largest key tile below kt that query tile qt visits, or -1.

@@ -81,6 +81,67 @@ struct TileExtras {
   }
 };
 
+// Queries in stretches of kGroup, and panels of kSub queries: what a masked tile can leave out.
+constexpr int kGroup = 16, kGroups = kTile / kGroup, kSub = kPanel > 32 ? 32 : kPanel;
+static_assert(kTile % kGroup == 0 && kGroup % Vec::W == 0 && (kSub % kGroup == 0 || kSub < kGroup));
+
+// The keys [lo, hi) that some query of a group sees, and the queries [q_lo, q_hi) that see some key of a group. Multiples of 4:
+// the softmax then sums in the same chains as over the whole tile, so what is left out changes no bit.
+struct TileRanges {
+  int lo[kGroups], hi[kGroups], q_lo[kGroups], q_hi[kGroups];
+
+  static TileRanges of(const uint64_t* words, int nk, int nq) {
+    TileRanges r;
+    for (int g = 0; g < kGroups; ++g) r.lo[g] = r.q_lo[g] = 0, r.hi[g] = nk, r.q_hi[g] = nq;
+    if (words == nullptr) return r;
+    for (int g = 0; g < kGroups; ++g) {
+      const uint64_t lanes = uint64_t{0xffff} << (g * kGroup);
+      int first = 0, last = nk;
+      while (first < nk && !(words[first] & lanes)) ++first;
+      while (last > first && !(words[last - 1] & lanes)) --last;
+      r.lo[g] = first == last ? 0 : first / 4 * 4;
+      r.hi[g] = first == last ? 0 : min(nk, (last + 3) / 4 * 4);
+      uint64_t any = 0;
+      for (int j = g * kGroup; j < min(nk, (g + 1) * kGroup); ++j) any |= words[j];
+      if (nq < kTile) any &= (uint64_t{1} << nq) - 1;
+      r.q_lo[g] = any ? __builtin_ctzll(any) / 4 * 4 : 0;
+      r.q_hi[g] = any ? min(nq, (64 - __builtin_clzll(any) + 3) / 4 * 4) : 0;
+    }
+    return r;
+  }
+};
+
+// st (keys, queries) = A (keys, depth) B (depth, queries) where some query of a panel sees some key. a is K-major, b in panels
+// of kSub queries.
+inline void scores(const TileRanges& r, int nq_padded, int64_t depth, const float* a, const float* b, float* st) {
+  for (int c = 0; c < nq_padded; c += kSub) {
+    int lo = kTile, hi = 0;
+    for (int g = c / kGroup; g <= (c + kSub - 1) / kGroup && g * kGroup < nq_padded; ++g)
+      if (r.hi[g] > r.lo[g]) lo = min(lo, r.lo[g]), hi = max(hi, r.hi[g]);
+    if (lo < hi)
+      gemm<1, kTile, false>(hi - lo, min(kSub, nq_padded - c), depth, a + lo, b + c * depth, st + lo * kTile + c, kTile);
+  }
+}
+
+// out (rows, cols) (+)= A B over the depth [lo, hi) that each group of rows needs; A is kTile x kTile with strides RS, KS, b in
+// panels of `depth` rows.
+template <int RS, int KS, bool kAccumulate>
+void grouped_product(const int* lo, const int* hi, int rows, int64_t cols, int64_t depth, const float* a, const float* b,
+                     float* out, int64_t ld) {
+  bool whole = true;
+  for (int g = 0; g * kGroup < rows; ++g) whole = whole && lo[g] == 0 && hi[g] == depth;
+  if (whole) return gemm<RS, KS, kAccumulate>(rows, cols, depth, a, b, out, ld);
+  for (int g = 0; g * kGroup < rows; ++g) {
+    const int r = g * kGroup;
+    if (kAccumulate && lo[g] == hi[g]) continue;
+    for (int64_t n = 0; n < cols; n += kPanel) {
+      const int64_t width = min<int64_t>(kPanel, cols - n);
+      gemm<RS, KS, kAccumulate>(min(kGroup, rows - r), width, hi[g] - lo[g], a + r * RS + lo[g] * KS,
+                                b + n * depth + lo[g] * width, out + r * ld + n, ld);
+    }
+  }
+}
+
 // The tile (qt, kt) of the bias, transposed to [key][kTile], in log2 units. raw is scratch of kTile * kTile floats.
 inline void load_bias(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, int64_t kt, float* raw, float* out) {
   const int nq = tile_rows(p.schedule.Tq, qt), nk = tile_rows(p.schedule.Tk, kt);

@@ -8,8 +8,8 @@ mlcore.show_config()                             # what is usable on this machin
 
 import torch  # noqa: F401  first, so that its OpenMP runtime is the one in the process
 
-from . import nn, ops
+from . import nn, ops, patterns
 from ._backend import explain, show_config
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "explain", "nn", "ops", "show_config"]
+__all__ = ["__version__", "explain", "nn", "ops", "patterns", "show_config"]

@@ -110,9 +110,10 @@ class Explanation:
     op: str
     chosen: str
     reasons: dict[str, str]
+    note: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.op}:"]
+        lines = [f"{self.op}: {self.note}".rstrip()]
         for backend in BACKENDS:
             name = f"cpu[{_C.isa()}]" if backend == "cpu" else backend
             lines.append(f"  {name}: {'chosen' if backend == self.chosen else self.reasons[backend]}")
@@ -121,21 +122,24 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(op: str, *tensors: torch.Tensor, impl: str | None = None) -> Explanation:
+def explain(op: str, *tensors: torch.Tensor, impl: str | None = None, pattern=None) -> Explanation:
     """Says which backend would serve `op` for these tensors, and why the others would not.
 
     Args:
         op: an op's name, e.g. "attention".
         tensors: the op's tensors; the first decides by its device and dtype.
         impl: as the op's own argument.
+        pattern: attention's pattern (mlcore.patterns), with q and k as tensors: how many of its tiles are computed.
 
     Raises:
-        ValueError: an unknown op, no tensor, or an impl that can't serve the call.
+        ValueError: an unknown op, no tensor, a pattern without q and k, or an impl that can't serve the call.
     """
     if op not in SUPPORT:
         raise ValueError(f"explain: op must be one of {', '.join(sorted(SUPPORT))}; got {op!r}")
     if not tensors or not isinstance(tensors[0], torch.Tensor):
         raise ValueError(f"explain: give the tensors that {op} would get")
+    if pattern is not None and (op != "attention" or len(tensors) < 2):
+        raise ValueError(f"explain: pattern needs op 'attention' and tensors q, k; got {op!r} and {len(tensors)} tensors")
     main = tensors[0]
     chosen = choose(op, impl, main)
     reasons = {}
@@ -143,7 +147,8 @@ def explain(op: str, *tensors: torch.Tensor, impl: str | None = None) -> Explana
         if backend != chosen:
             reason = refusal(op, backend, main.device, main.dtype)
             reasons[backend] = reason or f"usable with impl={backend!r}"
-    return Explanation(op, chosen, reasons)
+    note = "" if pattern is None else importlib.import_module("mlcore.ops._attention_schedule").describe(pattern, *tensors[:2])
+    return Explanation(op, chosen, reasons, note)
 
 
 def config() -> list[tuple[str, str, str]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_map_only
 
 from . import _C
 from ._backend import BACKENDS, SUPPORT, interpreting, unusable
@@ -277,7 +278,7 @@ def check_op(handle: torch._ops.OpOverload, args: Sequence) -> None:
     torch.library.opcheck(handle, args)
     real = handle(*args)
     with torch._subclasses.FakeTensorMode() as mode:
-        fake = handle(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
+        fake = handle(*tree_map_only(torch.Tensor, mode.from_tensor, args))
     for i, (r, f) in enumerate(zip(_tuple(real), _tuple(fake), strict=True)):
         for what in ("shape", "dtype", "device"):
             if getattr(r, what) != getattr(f, what):

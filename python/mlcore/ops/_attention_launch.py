@@ -1,37 +1,17 @@
-"""Attention's launchers: they allocate, lower a boolean mask to a tile list, and call the backend's kernel."""
+"""Attention's launchers: they allocate, ask for the pattern's schedule, and call the backend's kernel."""
 
 from __future__ import annotations
 
 import torch
 
 from .._registry import kernel
+from ._attention_schedule import schedule
 
 _OP = "attention"
-_TILE = 64  # as kernels/attention/attention_schedule.h
 
 
-def _tile_list(mask, Tk):
-    """(row_ptr, cols, ids, bits, set_b, set_h) of a boolean mask (B|1, H|1, Tq|1, Tk|1); see attention.h."""
-    if mask is None:
-        return None, None, None, None, 1, 1
-    if mask.shape[3] != Tk:
-        mask = mask.expand(-1, -1, -1, Tk)
-    set_b, set_h, Tq = mask.shape[:3]
-    rows, k_tiles = set_b * set_h * -(-Tq // _TILE), -(-Tk // _TILE)
-    codes = torch.empty(rows, k_tiles, dtype=torch.int32)
-    counts = torch.empty(2, dtype=torch.int64)
-    kernel(_OP, "mask_codes", "cpu")(mask, codes, counts)
-    listed, partial = counts.tolist()
-    row_ptr = torch.empty(rows + 1, dtype=torch.int64)
-    cols, ids = torch.empty(listed, dtype=torch.int32), torch.empty(listed, dtype=torch.int32)
-    bits = torch.empty(partial, _TILE, dtype=torch.int64)
-    kernel(_OP, "mask_tiles", "cpu")(mask, codes, row_ptr, cols, ids, bits)
-    return row_ptr, cols, ids, bits, set_b, set_h
-
-
-def _offset(q, k, bottom_right):
-    """The band's offset: its diagonal meets the first query and key, or the last ones."""
-    return k.shape[2] - q.shape[2] if bottom_right else 0
+def _schedule(q, k, tensors, spec):
+    return schedule(spec, tensors, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
 
 
 def _inner_contiguous(t):
@@ -51,18 +31,17 @@ def _new_lse(q):
     return torch.empty((2, B, H, Tq), dtype=torch.float32, device=q.device)
 
 
-def fwd_launch(q, k, v, mask, bias, seed, left, right, bottom_right, scale, softcap, dropout_p, impl):
+def fwd_launch(q, k, v, bias, seed, tensors, spec, scale, softcap, dropout_p, impl):
     q, k, v = _inner_contiguous(q), _inner_contiguous(k), _inner_contiguous(v)
     o = _new_output(q, v)
     lse = _new_lse(q)
     fwd = kernel(_OP, "fwd", impl)
-    tiles = _tile_list(mask, k.shape[2])
     number = int(seed) if seed is not None else 0
-    fwd(q, k, v, bias, left, right, _offset(q, k, bottom_right), *tiles, scale, softcap, dropout_p, number, o, lse)
+    fwd(q, k, v, bias, *_schedule(q, k, tensors, spec), scale, softcap, dropout_p, number, o, lse)
     return o, lse
 
 
-def fwd_fake(q, k, v, mask, bias, seed, left, right, bottom_right, scale, softcap, dropout_p, impl):
+def fwd_fake(q, k, v, bias, seed, tensors, spec, scale, softcap, dropout_p, impl):
     return _new_output(q, v), _new_lse(q)
 
 
@@ -79,18 +58,15 @@ def _new_gradients(q, k, v, bias, need_dbias):
     return *grads, dbias
 
 
-def bwd_launch(
-    q, k, v, mask, bias, seed, left, right, bottom_right, scale, softcap, dropout_p, impl, o, lse, d_o, d_lse, need_dbias
-):
+def bwd_launch(q, k, v, bias, seed, tensors, spec, scale, softcap, dropout_p, impl, o, lse, d_o, d_lse, need_dbias):
     per_key = need_dbias and bias.shape[3] == k.shape[2]
     dq, dk, dv, dbias = _new_gradients(q, k, v, bias, per_key)
     q, k, v = _inner_contiguous(q), _inner_contiguous(k), _inner_contiguous(v)
     d_lse = None if d_lse is None else d_lse.contiguous()
     bwd = kernel(_OP, "bwd", impl)
-    tiles = _tile_list(mask, k.shape[2])
     number = int(seed) if seed is not None else 0
     bwd(
-        q, k, v, bias, left, right, _offset(q, k, bottom_right), *tiles, scale, softcap, dropout_p, number,
+        q, k, v, bias, *_schedule(q, k, tensors, spec), scale, softcap, dropout_p, number,
         o, lse, _inner_contiguous(d_o), d_lse, dq, dk, dv, dbias if per_key else None,
     )  # fmt: skip
     if need_dbias:
@@ -108,9 +84,7 @@ def _reduced_dbias(dbias, bias, lse, d_lse, per_key):
     return d_lse.sum_to_size(bias.shape).to(bias.dtype).contiguous()
 
 
-def bwd_fake(
-    q, k, v, mask, bias, seed, left, right, bottom_right, scale, softcap, dropout_p, impl, o, lse, d_o, d_lse, need_dbias
-):
+def bwd_fake(q, k, v, bias, seed, tensors, spec, scale, softcap, dropout_p, impl, o, lse, d_o, d_lse, need_dbias):
     dq, dk, dv, _ = _new_gradients(q, k, v, bias, False)
     dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if need_dbias else q.new_empty(0)
     return dq, dk, dv, dbias

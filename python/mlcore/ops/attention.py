@@ -8,18 +8,16 @@ import torch
 
 from .._backend import choose
 from .._registry import autocast, create_graph, direct, needs_grad, register, transformed
+from ..patterns import Pattern, dense
 from ._attention_launch import bwd_fake, bwd_launch, fwd_fake, fwd_launch
 
 _OP = "attention"
 _MAX_HEAD_DIM = 256  # of the kernels; the reference takes any
 
-# Band: query i sees key j where i + offset - left <= j <= i + offset + right, -1 being no limit; bottom_right says that
-# offset is Tk - Tq and not 0. (A number made of sizes would be a constant in a compiled graph.) mask and bias are 4-D, their
-# dimensions those of the scores or 1. seed: one int64, read only with dropout.
-_ARGS = (
-    "Tensor? mask, Tensor? bias, Tensor? seed, int left, int right, bool bottom_right, float scale, float softcap, "
-    "float dropout_p, str impl"
-)
+# spec and tensors are a pattern (mlcore.patterns): the launcher lowers them for the lengths that it meets, so a compiled graph
+# serves all of them. bias is 4-D, its dimensions those of the scores or 1. seed: one int64, read only with dropout.
+_ARGS = "Tensor? bias, Tensor? seed, Tensor[] tensors, str spec, float scale, float softcap, float dropout_p, str impl"
+_EVERYTHING, _CAUSAL, _TOP_LEFT = "('and',)", "('band', -1, 0, 1)", "('band', -1, 0, 0)"
 _fwd = register(
     f"attention_fwd(Tensor q, Tensor k, Tensor v, {_ARGS}) -> (Tensor o, Tensor lse)",
     launch=fwd_launch,
@@ -36,39 +34,41 @@ _bwd = register(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, mask, bias, seed, *numbers):
-        fwd = fwd_launch if direct(q, k, v, mask, bias) else _fwd
-        o, lse = fwd(q, k, v, mask, bias, seed, *numbers)
-        ctx.numbers = numbers
+    def forward(ctx, q, k, v, bias, seed, spec, scale, softcap, dropout_p, impl, *tensors):
+        fwd = fwd_launch if direct(q, k, v, bias, *tensors) else _fwd
+        ctx.numbers = (scale, softcap, dropout_p, impl)
+        ctx.spec = spec
+        o, lse = fwd(q, k, v, bias, seed, tensors, spec, *ctx.numbers)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, mask, bias, seed, o, lse)
+        ctx.save_for_backward(q, k, v, bias, seed, o, lse, *tensors)
         return o, lse
 
     @staticmethod
     def backward(ctx, d_o, d_lse):
         d_lse = None if d_lse is None else d_lse[0]
-        q, k, v, mask, bias, seed, o, lse = ctx.saved_tensors
-        need_dbias = bias is not None and ctx.needs_input_grad[4]
+        q, k, v, bias, seed, o, lse, *tensors = ctx.saved_tensors
+        need_dbias = bias is not None and ctx.needs_input_grad[3]
+        others = (None,) * (len(ctx.needs_input_grad) - 4)
         if create_graph():
-            return *_differentiable_gradients(ctx, d_o, d_lse), None, *(None for _ in ctx.numbers)
+            return *_differentiable_gradients(ctx, d_o, d_lse), *others
         if d_o is None:
             d_o = torch.zeros_like(o)
-        bwd = bwd_launch if direct(q, k, v, mask, bias, d_o, d_lse) else _bwd
-        dq, dk, dv, dbias = bwd(q, k, v, mask, bias, seed, *ctx.numbers, o, lse, d_o, d_lse, need_dbias)
+        bwd = bwd_launch if direct(q, k, v, bias, d_o, d_lse, *tensors) else _bwd
+        dq, dk, dv, dbias = bwd(q, k, v, bias, seed, tensors, ctx.spec, *ctx.numbers, o, lse, d_o, d_lse, need_dbias)
         wanted = [g if need else None for g, need in zip((dq, dk, dv), ctx.needs_input_grad)]
-        return *wanted, None, dbias if need_dbias else None, None, *(None for _ in ctx.numbers)
+        return *wanted, dbias if need_dbias else None, *others
 
 
 def _differentiable_gradients(ctx, d_o, d_lse):
-    """(dq, dk, dv, None, dbias) with a graph, for create_graph=True: the reference's, which differentiates without end."""
-    q, k, v, mask, bias, seed, *_ = ctx.saved_tensors
+    """(dq, dk, dv, dbias) with a graph, for create_graph=True: the reference's, which differentiates without end."""
+    q, k, v, bias, seed, _, _, *tensors = ctx.saved_tensors
     with torch.enable_grad():
-        outputs = _reference(q, k, v, mask, bias, seed, *ctx.numbers[:-1])
-        wanted = [(i, t) for i, t in ((0, q), (1, k), (2, v), (4, bias)) if t is not None and ctx.needs_input_grad[i]]
+        outputs = _reference(q, k, v, bias, seed, tensors, ctx.spec, *ctx.numbers[:-1])
+        wanted = [(i, t) for i, t in enumerate((q, k, v, bias)) if t is not None and ctx.needs_input_grad[i]]
         pairs = [(out, d) for out, d in zip(outputs, (d_o, d_lse)) if d is not None]
         found = torch.autograd.grad([p[0] for p in pairs], [t for _, t in wanted], [p[1] for p in pairs], create_graph=True)
     grads = dict(zip((i for i, _ in wanted), found))
-    return tuple(grads.get(i) for i in range(5))
+    return tuple(grads.get(i) for i in range(4))
 
 
 def attention(
@@ -76,7 +76,7 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    pattern: torch.Tensor | None = None,
+    pattern: Pattern | torch.Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
     bias: torch.Tensor | None = None,
@@ -94,8 +94,10 @@ def attention(
         q: (B, H, Tq, D), float32, bfloat16 or float16 (others, and head dims above 256: the reference). Any strides.
         k: (B, Hkv, Tk, D); Hkv divides H: each key head serves H / Hkv query heads.
         v: (B, Hkv, Tk, Dv).
-        pattern: who sees whom: a boolean tensor broadcastable to (B, H, Tq, Tk), True where the query sees the key.
-        causal: query i sees keys up to i + Tk - Tq: the last query sees all (bottom-right aligned, as flash-attn).
+        pattern: who sees whom: a pattern of mlcore.patterns, e.g. ``Causal() & Window(255, 0)``, of which only the 64 x 64
+            tiles that it touches cost anything, or a boolean tensor broadcastable to (B, H, Tq, Tk), True where the query
+            sees the key.
+        causal: the same as ``& Causal()``: query i sees keys up to i + Tk - Tq, the last one all of them.
         scale: of q k^T; None is 1 / sqrt(D).
         bias: added to the scaled scores, floating, broadcastable to (B, H, Tq, Tk); differentiable.
         softcap: scores become softcap * tanh(score / softcap) before the bias (Gemma 2).
@@ -110,8 +112,7 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or values break the rules above, or impl can't serve the call.
     """
-    band = (0, True) if causal else (-1, False)
-    return _attention(q, k, v, pattern, bias, band, scale, softcap, dropout_p, return_lse, impl)
+    return _attention(q, k, v, pattern, bias, _CAUSAL if causal else None, scale, softcap, dropout_p, return_lse, impl)
 
 
 def scaled_dot_product_attention(
@@ -156,7 +157,7 @@ def scaled_dot_product_attention(
         mask = attn_mask if len(lead) <= 2 else attn_mask.expand(*lead, *attn_mask.shape[-2:]).flatten(0, -4)
     is_bool = mask is not None and mask.dtype == torch.bool
     pattern, bias = (mask, None) if is_bool else (None, mask)
-    o = _attention(q, k, v, pattern, bias, (0, False) if is_causal else (-1, False), scale, None, dropout_p, False, None)
+    o = _attention(q, k, v, pattern, bias, _TOP_LEFT if is_causal else None, scale, None, dropout_p, False, None)
     return o if len(lead) == 2 else o.reshape(*lead, *o.shape[-2:])
 
 
@@ -187,8 +188,8 @@ def _four_dims(query, key, value, enable_gqa):
     return lead, flat(query, heads[0]), flat(key, heads[1]), flat(value, heads[2])
 
 
-def _attention(q, k, v, pattern, bias, band, scale, softcap, dropout_p, return_lse, impl):
-    """Checks and completes the arguments. band: (right, bottom_right)."""
+def _attention(q, k, v, pattern, bias, spec, scale, softcap, dropout_p, return_lse, impl):
+    """Checks and completes the arguments. spec: of what must hold besides the pattern, or None."""
     _check_qkv(q, k, v)
     Tk, D = k.shape[2], q.shape[3]
     if scale is None:
@@ -199,15 +200,24 @@ def _attention(q, k, v, pattern, bias, band, scale, softcap, dropout_p, return_l
         raise ValueError(f"attention: softcap must be a positive number or None; got {softcap}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"attention: dropout_p must be in [0, 1]; got {dropout_p}")
-    if pattern is not None:
-        pattern = _broadcastable("pattern", pattern, q, Tk)
+    tensors = ()
+    if isinstance(pattern, Pattern):
+        tensors = pattern.tensors
+        spec = pattern.spec if spec is None else f"('and', {pattern.spec}, {spec})"
+    elif pattern is not None:
+        _check_broadcastable("pattern", pattern, q, Tk)
         if pattern.dtype != torch.bool:
             raise ValueError(f"attention: pattern must be a boolean tensor, True where a query sees a key; got {pattern.dtype}")
+        tensors = (pattern,)
+        spec = "('dense',)" if spec is None else f"('and', ('dense',), {spec})"
+    elif spec is None:
+        spec = _EVERYTHING
     if bias is not None:
-        bias = _broadcastable("bias", bias, q, Tk)
+        _check_broadcastable("bias", bias, q, Tk)
+        bias = bias if bias.dim() == 4 else bias[(None,) * (4 - bias.dim())]
         if not bias.is_floating_point():
             raise ValueError(f"attention: bias must be a floating-point tensor; got {bias.dtype}")
-    return _run(q, k, v, pattern, bias, -1, *band, float(scale), softcap, float(dropout_p), return_lse, impl)
+    return _run(q, k, v, bias, tensors, spec, float(scale), softcap, float(dropout_p), return_lse, impl)
 
 
 def _check_qkv(q, k, v) -> None:
@@ -249,20 +259,19 @@ def _refuse_qkv(q, k, v) -> None:
         raise ValueError(f"attention: k has {k.shape[1]} heads, which must divide q's {q.shape[1]}")
 
 
-def _broadcastable(name, t, q, Tk):
-    """t as a 4-D tensor whose dimensions are the scores' or 1."""
+def _check_broadcastable(name, t, q, Tk):
     if not isinstance(t, torch.Tensor):
-        raise TypeError(f"attention: {name} must be a tensor; got {type(t).__name__}")
+        kind = "a pattern of mlcore.patterns or a tensor" if name == "pattern" else "a tensor"
+        raise TypeError(f"attention: {name} must be {kind}; got {type(t).__name__}")
     want = (q.shape[0], q.shape[1], q.shape[2], Tk)
     got = (1,) * (4 - t.dim()) + tuple(t.shape)
     if t.dim() > 4 or any(n != w and n != 1 for n, w in zip(got, want)):
         raise ValueError(f"attention: {name} must broadcast to (B, H, Tq, Tk) = {want}; got shape {tuple(t.shape)}")
     if t.device != q.device:
         raise ValueError(f"attention: {name} must be on {q.device} as q; got {t.device}")
-    return t if t.dim() == 4 else t[(None,) * (4 - t.dim())]
 
 
-def _run(q, k, v, mask, bias, left, right, bottom_right, scale, softcap, dropout_p, return_lse, impl):
+def _run(q, k, v, bias, tensors, spec, scale, softcap, dropout_p, return_lse, impl):
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = autocast(q.device.type, q, k, v)
     if transformed():
@@ -283,28 +292,24 @@ def _run(q, k, v, mask, bias, left, right, bottom_right, scale, softcap, dropout
     if bias is not None and bias.dtype == torch.float64 and backend != "reference":
         bias = bias.float()
     if backend == "reference":
-        o, lse = _reference(q, k, v, mask, bias, seed, left, right, bottom_right, scale, softcap, dropout_p)
+        o, lse = _reference(q, k, v, bias, seed, tensors, spec, scale, softcap, dropout_p)
         return (o, lse) if return_lse else o
     if bias is not None and bias.stride(3) not in (0, 1):
         bias = bias.contiguous()
-    args = (mask, bias, seed, left, right, bottom_right, scale, softcap or 0.0, dropout_p, backend)
+    numbers = (scale, softcap or 0.0, dropout_p, backend)
     if needs_grad(q, k, v, bias):
-        o, lse = _Attention.apply(q, k, v, *args)
-    elif direct(q, k, v, mask, bias):
-        o, lse = fwd_launch(q, k, v, *args)
+        o, lse = _Attention.apply(q, k, v, bias, seed, spec, *numbers, *tensors)
+    elif direct(q, k, v, bias, *tensors):
+        o, lse = fwd_launch(q, k, v, bias, seed, tensors, spec, *numbers)
     else:
-        o, lse = _fwd(q, k, v, *args)
+        o, lse = _fwd(q, k, v, bias, seed, tensors, spec, *numbers)
     return (o, lse[0]) if return_lse else o
 
 
-def _reference(q, k, v, mask, bias, seed, left, right, bottom_right, scale, softcap, dropout_p):
+def _reference(q, k, v, bias, seed, tensors, spec, scale, softcap, dropout_p):
     from ..kernels.attention import attention_ref
 
-    if left >= 0 or right >= 0:
-        limits = (None if left < 0 else left, None if right < 0 else right)
-        offset = k.shape[2] - q.shape[2] if bottom_right else 0
-        band = attention_ref.band_mask(q.shape[2], k.shape[2], *limits, offset, q.device)
-        mask = band if mask is None else mask & band
+    mask = None if spec == _EVERYTHING else dense(spec, tensors, q.shape[2], k.shape[2], q.device)
     number = int(seed) if seed is not None else 0
     o, lse = attention_ref.attention(
         q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap or None, dropout_p=dropout_p, seed=number
