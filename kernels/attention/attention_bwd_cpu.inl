@@ -114,9 +114,9 @@ void load_queries(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, c
     w.delta[i] = i < nq ? p.delta[first + i] * w.factor[i] : 0.0f;
   }
   const T *q = row_of<T>(p.q, b, h, qt * kTile), *d_o = row_of<T>(p.d_o, b, h, qt * kTile);
-  pack_transposed(q, p.q.st, nq, p.D, OneScale{query_scale(p)}, nq_padded, kSub, w.qt);
+  pack_transposed(q, p.q.st, nq, p.D, OneScale{query_scale(p)}, nq_padded, kPanel, w.qt);
   pack_rows(q, p.q.st, nq, p.D, OneScale{1.0f}, w.q);
-  pack_transposed(d_o, p.d_o.st, nq, p.Dv, RowScale{w.factor}, nq_padded, kSub, w.dot);
+  pack_transposed(d_o, p.d_o.st, nq, p.Dv, RowScale{w.factor}, nq_padded, kPanel, w.dot);
   pack_rows(d_o, p.d_o.st, nq, p.Dv, RowScale{w.factor}, w.d_o);
   if (p.drop_below || p.drop_all)
     for (int i = 0; i < nq; ++i)
@@ -158,8 +158,8 @@ void bwd_block(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t block,
     const int nq = tile_rows(p.Tq, qt), nq_padded = static_cast<int>(padded(nq)), nk = tile_rows(p.Tk, kt);
     extras.words = p.schedule.tile_words(qt, kt, id, words) ? words : nullptr;
     const TileRanges ranges = TileRanges::of(extras.words, nk, nq);
-    scores(ranges, nq_padded, p.D, w.kt + c * p.D * kTile, w.qt, w.pt);
-    scores(ranges, nq_padded, p.Dv, w.vt + c * p.Dv * kTile, w.dot, w.dst);  // dp (keys, queries)
+    scores(ranges, extras.words != nullptr, nk, nq_padded, p.D, w.kt + c * p.D * kTile, w.qt, w.pt);
+    scores(ranges, extras.words != nullptr, nk, nq_padded, p.Dv, w.vt + c * p.Dv * kTile, w.dot, w.dst);  // dp (keys, queries)
     extras.first_key = kt * kTile;
     if (p.bias) {
       load_bias(p, b, h, qt, kt, w.raw, w.bias);

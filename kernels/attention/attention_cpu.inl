@@ -118,7 +118,7 @@ void fwd_tile(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, const
   FwdScratch w(p, scratch);
   const int64_t ld = padded(p.Dv), hkv = h / p.group();
   const int nq = tile_rows(p.Tq, qt), nq_padded = static_cast<int>(padded(nq));
-  pack_transposed(row_of<T>(p.q, b, h, qt * kTile), p.q.st, nq, p.D, OneScale{query_scale(p)}, nq_padded, kSub, w.qt);
+  pack_transposed(row_of<T>(p.q, b, h, qt * kTile), p.q.st, nq, p.D, OneScale{query_scale(p)}, nq_padded, kPanel, w.qt);
   TileExtras extras;
   extras.softcap = p.softcap;
   if (p.drop_below || p.drop_all) {
@@ -141,7 +141,7 @@ void fwd_tile(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, const
     }
     extras.words = p.schedule.tile_words(qt, kt, id, words) ? words : nullptr;
     const TileRanges ranges = TileRanges::of(extras.words, nk, nq);
-    scores(ranges, nq_padded, p.D, k, w.qt, w.st);
+    scores(ranges, extras.words != nullptr, nk, nq_padded, p.D, k, w.qt, w.st);
     extras.first_key = kt * kTile;
     if (p.bias) {
       load_bias(p, b, h, qt, kt, w.raw, w.bias);

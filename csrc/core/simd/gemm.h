@@ -24,7 +24,7 @@ constexpr int micro_rows(int) { return 4; }
 constexpr int kPanel = kPanelVecs * Vec::W;
 
 template <int M, int NV, int RS, int KS, bool kAccumulate>
-__attribute__((noinline)) void microkernel(int64_t K, const float* a, const float* b, float* c, int64_t ldc) {
+__attribute__((noinline)) void microkernel(int64_t K, const float* a, const float* b, int64_t ldb, float* c, int64_t ldc) {
   Vec acc[M][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
@@ -42,7 +42,7 @@ __attribute__((noinline)) void microkernel(int64_t K, const float* a, const floa
       for (int n = 0; n < NV; ++n) acc[i][n] = fma(x, row[n], acc[i][n]);
     }
     a += KS;
-    b += NV * Vec::W;
+    b += ldb;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
@@ -54,34 +54,42 @@ __attribute__((noinline)) void microkernel(int64_t K, const float* a, const floa
 }
 
 template <int M, int NV, int RS, int KS, bool kAccumulate>
-inline void last_rows(int rows, int64_t K, const float* a, const float* b, float* c, int64_t ldc) {
+inline void last_rows(int rows, int64_t K, const float* a, const float* b, int64_t ldb, float* c, int64_t ldc) {
   if constexpr (M > 0) {
-    if (rows == M) return microkernel<M, NV, RS, KS, kAccumulate>(K, a, b, c, ldc);
-    last_rows<M - 1, NV, RS, KS, kAccumulate>(rows, K, a, b, c, ldc);
+    if (rows == M) return microkernel<M, NV, RS, KS, kAccumulate>(K, a, b, ldb, c, ldc);
+    last_rows<M - 1, NV, RS, KS, kAccumulate>(rows, K, a, b, ldb, c, ldc);
   }
 }
 
 template <int NV, int RS, int KS, bool kAccumulate>
-inline void gemm_panel(int M, int64_t K, const float* a, const float* b, float* c, int64_t ldc) {
+inline void gemm_panel(int M, int64_t K, const float* a, const float* b, int64_t ldb, float* c, int64_t ldc) {
   constexpr int MR = micro_rows(NV);
   int i = 0;
-  for (; i + MR <= M; i += MR) microkernel<MR, NV, RS, KS, kAccumulate>(K, a + i * RS, b, c + i * ldc, ldc);
-  last_rows<MR - 1, NV, RS, KS, kAccumulate>(M - i, K, a + i * RS, b, c + i * ldc, ldc);
+  for (; i + MR <= M; i += MR) microkernel<MR, NV, RS, KS, kAccumulate>(K, a + i * RS, b, ldb, c + i * ldc, ldc);
+  last_rows<MR - 1, NV, RS, KS, kAccumulate>(M - i, K, a + i * RS, b, ldb, c + i * ldc, ldc);
+}
+
+// Columns [n_begin, n_end) of C, multiples of W.
+template <int RS, int KS, bool kAccumulate>
+void gemm_columns(int M, int64_t n_begin, int64_t n_end, int64_t N, int64_t K, const float* a, const float* b, float* c,
+                  int64_t ldc) {
+  for (int64_t panel = n_begin / kPanel * kPanel; panel < n_end; panel += kPanel) {
+    const int64_t ldb = min<int64_t>(kPanel, N - panel), n = max(panel, n_begin), width = min(panel + ldb, n_end) - n;
+    const float* from = b + panel * K + (n - panel);
+    switch (width / Vec::W) {
+      case 1: gemm_panel<1, RS, KS, kAccumulate>(M, K, a, from, ldb, c + n, ldc); break;
+      case 2: gemm_panel<2, RS, KS, kAccumulate>(M, K, a, from, ldb, c + n, ldc); break;
+#if defined(MLC_ISA_AVX512)
+      case 3: gemm_panel<3, RS, KS, kAccumulate>(M, K, a, from, ldb, c + n, ldc); break;
+      case 4: gemm_panel<4, RS, KS, kAccumulate>(M, K, a, from, ldb, c + n, ldc); break;
+#endif
+    }
+  }
 }
 
 template <int RS, int KS, bool kAccumulate>
 void gemm(int M, int64_t N, int64_t K, const float* a, const float* b, float* c, int64_t ldc) {
-  for (int64_t n = 0; n < N; n += kPanel) {
-    const float* panel = b + n * K;
-    switch (min<int64_t>(kPanel, N - n) / Vec::W) {
-      case 1: gemm_panel<1, RS, KS, kAccumulate>(M, K, a, panel, c + n, ldc); break;
-      case 2: gemm_panel<2, RS, KS, kAccumulate>(M, K, a, panel, c + n, ldc); break;
-#if defined(MLC_ISA_AVX512)
-      case 3: gemm_panel<3, RS, KS, kAccumulate>(M, K, a, panel, c + n, ldc); break;
-      case 4: gemm_panel<4, RS, KS, kAccumulate>(M, K, a, panel, c + n, ldc); break;
-#endif
-    }
-  }
+  gemm_columns<RS, KS, kAccumulate>(M, 0, N, N, K, a, b, c, ldc);
 }
 
 // What packing multiplies an operand with: one number, or one a row.
