@@ -13,7 +13,8 @@ namespace mlcore {
 namespace {
 
 constexpr const char* kOp = "linear_attention";
-thread_local Scratch shared_scratch;  // of the calling thread; its workers get slices
+constexpr int64_t kCachedFloats = 1 << 18;  // of a thread's slots: 1 MiB, half an L2 cache
+thread_local Scratch shared_scratch;        // of the calling thread; its workers get slices
 
 struct Args {
   const DLTensor *q, *k, *v, *gate, *beta, *cu_seqlens;
@@ -61,7 +62,7 @@ LinearAttentionProblem make_problem(const Args& a) {
   if (beta.present()) {
     require(p.causal && !p.normalize, kOp, ": beta needs causal attention without normalize");
     beta.on(kDLCPU).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16}).shape_is({p.B, p.H, p.Tq}, "(B, H, T)");
-    p.beta = tokens(beta);
+    p.beta = tokens(beta), p.delta_rule = true;
   }
   p.sequences = p.B;
   if (cu.present()) {
@@ -125,7 +126,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How the work is shared. Where items keep all threads busy, each is one thread's from its first token to its last, and its
 // operands stay in that thread's cache (walk). Else all threads work on the same group of chunks: phases that need no state cut
-// by chunks, those that do by columns of the values. No cut changes a bit.
+// by chunks, those that do by the state's rows or, with the delta rule, by columns of the values. No cut changes a bit.
 struct Plan {
   int threads;
   bool walk;
@@ -140,7 +141,7 @@ struct Plan {
     threads = static_cast<int>(std::max(1.0, std::min<double>(num_threads(), work / kWorthAThread)));
     walk = threads == 1 || items % threads == 0 || items >= 4 * threads;
     const int64_t cols = ceil_div(p.Dv, width) * width;
-    const int64_t wanted = walk ? 1 : ceil_div(2 * threads, std::max<int64_t>(items, 1));
+    const int64_t wanted = walk ? 1 : ceil_div(threads, std::max<int64_t>(items, 1));
     tile_cols = ceil_div(ceil_div(cols, std::min<int64_t>(wanted, cols / width)), width) * width;
     tiles = ceil_div(cols, tile_cols);
   }
@@ -185,11 +186,21 @@ class Crew {
       parallel_claim(total, plan.threads, body);
     }
   }
+  // body(part, parts, thread): the same part by the same thread in every phase, in whose cache its slots then are.
+  template <class F>
+  void each_part(F&& body) const {
+    if (plan.walk) return body(int64_t{0}, int64_t{1}, me);
+    const int64_t parts = plan.threads;
+    parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) body(part, parts, static_cast<int>(part));
+    });
+  }
   // body(item, chunk within the group, thread) for chunks from g on that exist
   template <class F>
   void each_chunk(int64_t g, F&& body) const {
-    run(count * group, [&](int64_t n, int thread) {
-      if (g + n % group < chunks(n / group)) body(n / group, n % group, thread);
+    each_part([&](int64_t part, int64_t parts, int thread) {
+      for (int64_t n = count * group * part / parts; n < count * group * (part + 1) / parts; ++n)
+        if (g + n % group < chunks(n / group)) body(n / group, n % group, thread);
     });
   }
   // body(item, chunks of the group, c0, c1, thread)
@@ -198,6 +209,16 @@ class Crew {
     run(count * plan.tiles, [&](int64_t n, int thread) {
       const int64_t i = n / plan.tiles, tile = n % plan.tiles, here = std::min(group, chunks(i) - g);
       if (here > 0) body(i, here, tile * plan.tile_cols, plan.tile_end(tile, cols()), thread);
+    });
+  }
+  // body(item, chunks of the group, d0, d1)
+  template <class F>
+  void each_row_part(int64_t g, F&& body) const {
+    each_part([&](int64_t part, int64_t parts, int) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t here = std::min(group, chunks(i) - g);
+        if (here > 0) body(i, here, p.D * part / parts, p.D * (part + 1) / parts);
+      }
     });
   }
 
@@ -217,22 +238,31 @@ void fwd_causal(const Crew& x) {
   const LinearAttentionProblem& p = x.p;
   const LinearAttentionKernels& k = x.kernels;
   x.run(x.count, [&](int64_t i, int) { k.load_state(p, rows_of(p, p.initial_state, x.items[i]), x.state(i)); });
+  const bool local = !x.plan.walk && !p.delta();
   for (int64_t g = 0; g < x.most_chunks(); g += x.group) {
     const auto t = [&](int64_t c) { return (g + c) * kChunk; };
-    if (p.states && t(0) % p.span == 0)
+    if (p.states && !local && t(0) % p.span == 0)
       x.run(x.count, [&](int64_t i, int) {
         if (g < x.chunks(i)) k.store_state(p, x.state(i), p.states + (x.items[i].first_slot + t(0) / p.span) * state_rows(p));
       });
-    x.each_chunk(
-        g, [&](int64_t i, int64_t c, int thread) { k.prepare(p, x.items[i], t(c), x.slot(i, c), x.work(thread), false); });
-    if (p.normalize)
-      x.run(x.count, [&](int64_t i, int) {
-        for (int64_t c = 0; c < std::min(x.group, x.chunks(i) - g); ++c)
-          k.scan(p, x.items[i], t(c), x.slot(i, c), x.state(i), false);
-      });
-    x.each_tile(g, [&](int64_t i, int64_t here, int64_t c0, int64_t c1, int thread) {
-      for (int64_t c = 0; c < here; ++c) k.advance(p, x.items[i], t(c), x.slot(i, c), x.state(i), c0, c1, x.work(thread));
+    x.each_chunk(g, [&](int64_t i, int64_t c, int thread) {
+      k.prepare(p, x.items[i], t(c), x.slot(i, c), x.work(thread), false);
+      if (local) k.local_states(p, x.items[i], t(c), x.slot(i, c), false);
     });
+    if (local) {
+      x.each_row_part(g, [&](int64_t i, int64_t here, int64_t d0, int64_t d1) {
+        for (int64_t c = 0; c < here; ++c) k.scan(p, x.slot(i, c), x.state(i), d0, d1, false);
+      });
+      x.each_chunk(g, [&](int64_t i, int64_t c, int thread) {
+        float* kept =
+            p.states && t(c) % p.span == 0 ? p.states + (x.items[i].first_slot + t(c) / p.span) * state_rows(p) : nullptr;
+        k.outputs(p, x.items[i], t(c), x.slot(i, c), kept, x.work(thread));
+      });
+    } else {
+      x.each_tile(g, [&](int64_t i, int64_t here, int64_t c0, int64_t c1, int thread) {
+        for (int64_t c = 0; c < here; ++c) k.advance(p, x.items[i], t(c), x.slot(i, c), x.state(i), c0, c1, x.work(thread));
+      });
+    }
   }
   if (p.final_state)
     x.run(x.count, [&](int64_t i, int) { k.store_state(p, x.state(i), rows_of(p, p.final_state, x.items[i])); });
@@ -248,19 +278,22 @@ void bwd_causal(const Crew& x) {
     x.run(x.count, [&](int64_t i, int) {
       if (g < x.chunks(i)) k.load_state(p, p.states + (x.items[i].first_slot + t(0) / p.span) * state_rows(p), x.state(i));
     });
-    x.each_chunk(g,
-                 [&](int64_t i, int64_t c, int thread) { k.prepare(p, x.items[i], t(c), x.slot(i, c), x.work(thread), true); });
-    if (p.normalize)
-      x.run(x.count, [&](int64_t i, int) {
-        const int64_t here = std::min(x.group, x.chunks(i) - g);
-        for (int64_t c = 0; c < here; ++c) k.scan(p, x.items[i], t(c), x.slot(i, c), x.state(i), true);
-        for (int64_t c = here - 1; c >= 0; --c) k.reverse_scan(p, x.items[i], t(c), x.slot(i, c), x.d_state(i));
-      });
-    x.each_tile(g, [&](int64_t i, int64_t here, int64_t c0, int64_t c1, int thread) {
-      float* w = x.work(thread);
-      for (int64_t c = 0; c < here; ++c) k.restate(p, x.items[i], t(c), x.slot(i, c), x.state(i), c0, c1, w);
-      for (int64_t c = here - 1; c >= 0; --c) k.reverse(p, x.items[i], t(c), x.slot(i, c), x.d_state(i), c0, c1, w);
+    x.each_chunk(g, [&](int64_t i, int64_t c, int thread) {
+      k.prepare(p, x.items[i], t(c), x.slot(i, c), x.work(thread), true);
+      if (!p.delta()) k.local_states(p, x.items[i], t(c), x.slot(i, c), true);
     });
+    if (p.delta()) {
+      x.each_tile(g, [&](int64_t i, int64_t here, int64_t c0, int64_t c1, int thread) {
+        float* w = x.work(thread);
+        for (int64_t c = 0; c < here; ++c) k.restate(p, x.items[i], t(c), x.slot(i, c), x.state(i), c0, c1, w);
+        for (int64_t c = here - 1; c >= 0; --c) k.reverse(p, x.items[i], t(c), x.slot(i, c), x.d_state(i), c0, c1, w);
+      });
+    } else {
+      x.each_row_part(g, [&](int64_t i, int64_t here, int64_t d0, int64_t d1) {
+        for (int64_t c = 0; c < here; ++c) k.scan(p, x.slot(i, c), x.state(i), d0, d1, true);
+        for (int64_t c = here - 1; c >= 0; --c) k.reverse_scan(p, x.slot(i, c), x.d_state(i), d0, d1);
+      });
+    }
     x.each_chunk(g, [&](int64_t i, int64_t c, int thread) {
       const bool inside = c + 1 < std::min(x.group, x.chunks(i) - g);
       k.gradients(p, x.items[i], t(c), x.slot(i, c), inside ? x.slot(i, c + 1) : nullptr, x.state(i), x.work(thread));
@@ -317,8 +350,13 @@ void perform(const LinearAttentionProblem& p, bool backward, void (*pass)(const 
   const int64_t count = static_cast<int64_t>(items.size());
   if (count == 0) return;
   const Plan plan(p, count, kernels.width);
-  // Walking forward, a chunk's operands are used at once; elsewhere a span's chunks have slots at the same time.
-  const int64_t group = !p.causal ? 0 : plan.walk && !backward ? 1 : p.span / kChunk;
+  // Walking forward, a chunk's operands are used at once; elsewhere the chunks of a span have slots at the same time, and with
+  // the forward of all threads, to which every phase of a group costs a barrier, as many as fit the caches.
+  int64_t group = !p.causal ? 0 : plan.walk && !backward ? 1 : p.span / kChunk;
+  if (!plan.walk && !backward && !p.delta() && p.causal) {
+    const int64_t fit = kCachedFloats * plan.threads / (count * kernels.slot_floats(p, false));
+    group *= std::clamp<int64_t>(fit / group, 1, 8);
+  }
   const int64_t own = Crew::item_floats(p, kernels, group, backward), crews = plan.walk ? plan.threads : count;
   float* base = shared_scratch.floats(static_cast<size_t>(crews * own + plan.threads * kernels.scratch_floats(p)));
   float* scratch = base + crews * own;

@@ -12,48 +12,32 @@ void linear_attention_reverse(const LinearAttentionProblem& p, const Item& item,
   const int n = chunk_rows(item.q_length, t);
   for (int64_t d = 0; d < p.D; ++d)
     for (int64_t c = c0; c < c1; c += Vec::W) Vec::load(d_state + d * Vp + c).store(s.d_state + d * Vp + c);
-  float* du = (p.delta() ? s.du : w.o) + c0;
+  float* du = s.du + c0;
   product<A::rows, Take::from_row>(n, N, n, s.st, C, s.d_o + c0, Vp, du, Vp, Into::store);
   product<A::rows, Take::all>(n, N, p.D, s.kd, Dp, d_state + c0, Vp, du, Vp, Into::add);
   product<A::columns, Take::all>(p.D, N, n, s.qd, Dp, s.d_o + c0, Vp, d_state + c0, Vp, s.carry ? Into::decay_add : Into::add,
                                  s.carry);
-  if (p.delta()) {  // backward substitution; minus_de is what v's negative gets
-    float *minus_de = w.o2 + c0, *dv = w.o + c0;
-    constexpr int kBlock = 8;
-    for (int end = n; end > 0; end = (end - 1) / kBlock * kBlock) {
-      const int i0 = (end - 1) / kBlock * kBlock;
-      if (end < n)
-        product<A::rows, Take::all>(end - i0, N, n - end, s.wt + i0 * C + end, C, minus_de + end * Vp, Vp, du + i0 * Vp, Vp,
-                                    Into::add);
-      for (int i = end - 1; i >= i0; --i) {
-        for (int m = i + 1; m < end; ++m)
-          for (int64_t c = 0; c < N; c += Vec::W)
-            fma(Vec::set1(s.wt[i * C + m]), Vec::load(minus_de + m * Vp + c), Vec::load(du + i * Vp + c))
-                .store(du + i * Vp + c);
-        for (int64_t c = 0; c < N; c += Vec::W) {
-          const Vec de = Vec::load(du + i * Vp + c) * Vec::set1(s.beta[i]);
-          de.store(dv + i * Vp + c);
-          (Vec::zero() - de).store(minus_de + i * Vp + c);
-        }
+  // Backward substitution; minus_de is what v's negative gets.
+  float *minus_de = w.o2 + c0, *dv = w.o + c0;
+  constexpr int kBlock = 8;
+  for (int end = n; end > 0; end = (end - 1) / kBlock * kBlock) {
+    const int i0 = (end - 1) / kBlock * kBlock;
+    if (end < n)
+      product<A::rows, Take::all>(end - i0, N, n - end, s.wt + i0 * C + end, C, minus_de + end * Vp, Vp, du + i0 * Vp, Vp,
+                                  Into::add);
+    for (int i = end - 1; i >= i0; --i) {
+      for (int m = i + 1; m < end; ++m)
+        for (int64_t c = 0; c < N; c += Vec::W)
+          fma(Vec::set1(s.wt[i * C + m]), Vec::load(minus_de + m * Vp + c), Vec::load(du + i * Vp + c)).store(du + i * Vp + c);
+      for (int64_t c = 0; c < N; c += Vec::W) {
+        const Vec de = Vec::load(du + i * Vp + c) * Vec::set1(s.beta[i]);
+        de.store(dv + i * Vp + c);
+        (Vec::zero() - de).store(minus_de + i * Vp + c);
       }
     }
-    product<A::columns, Take::all>(p.D, N, n, s.kb, Dp, minus_de, Vp, d_state + c0, Vp, Into::add);
   }
+  product<A::columns, Take::all>(p.D, N, n, s.kb, Dp, minus_de, Vp, d_state + c0, Vp, Into::add);
   store_rows(p.dv, item, t, n, c0, min(c1, p.Dv), w.o, Vp);
-}
-
-void linear_attention_reverse_scan(const LinearAttentionProblem& p, const Item& item, int64_t t, float* slot, float* d_state) {
-  const Slot s(p, slot, true);
-  const int64_t Dp = padded(p.D), Vp = padded(p.Dv);
-  const int n = chunk_rows(item.q_length, t);
-  float *dz = d_state + p.D * Vp, *kept = s.d_state + p.D * Vp;
-  for (int64_t c = 0; c < Dp; c += Vec::W) {
-    const Vec behind = Vec::load(dz + c);
-    behind.store(kept + c);
-    Vec total = Vec::zero();
-    for (int i = 0; i < n; ++i) total = fma(Vec::set1(s.dden[i]), Vec::load(s.qd + i * Dp + c), total);
-    (s.carry ? fma(Vec::load(s.carry + c), behind, total) : behind + total).store(dz + c);
-  }
 }
 
 namespace {
@@ -199,6 +183,11 @@ void linear_attention_gradients(const LinearAttentionProblem& p, const Item& ite
   mask_pairs(n, false, s.decay, w.pairs);
   add_pair_gradients(p, n, s, s.q, w.pairs, w.dq, w.dk, w);
 
+  if (!p.delta()) {  // else reverse() has stored it
+    product<A::rows, Take::from_row>(n, Vp, n, s.st, C, s.d_o, Vp, w.o, Vp, Into::store);
+    product<A::rows, Take::all>(n, Vp, p.D, s.kd, Dp, s.d_state, Vp, w.o, Vp, Into::add);
+    store_rows(p.dv, item, t, n, 0, p.Dv, w.o, Vp);
+  }
   float* dkq = nullptr;
   if (p.delta()) {  // k reads the state before its token, with values u and the gradient -de
     dkq = w.dk2;

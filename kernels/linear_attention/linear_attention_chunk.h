@@ -43,9 +43,10 @@ struct Slot {
   float *decay, *fq, *fk;                 // scalar gate: (keys, queries) exp(b[i] - b[j]), (C) exp(b), (C) exp(b[last] - b)
   float *a, *lq, *lk, *logs, *pre, *suf;  // vector gate: see vector_decay
   float* carry;                           // (D)
-  float *rowsum, *den, *ksum;             // (C), (C), (D)
+  float *rowsum, *ksum;                   // (C), (D): sums of st over keys, of kd over tokens
+  float* state;                           // before the chunk; until scan() what the chunk adds
   float *d_o, *dden, *e, *du;             // backward: (C, Dv), (C), (C, Dv), (C, Dv)
-  float *state, *d_state;                 // backward: before the chunk, and the gradient that arrives behind it
+  float *d_state, *dksum;                 // backward: the gradient that arrives behind the chunk, as state; sum of dden qd (D)
 
   Slot(const LinearAttentionProblem& p, float* base, bool backward) {
     Arena arena(base);
@@ -60,10 +61,11 @@ struct Slot {
     a = some(vector, C * Dp), lq = some(vector, C * Dp), lk = some(vector, C * Dp);
     logs = some(vector, kSubs * Dp), pre = some(vector, kSubs * Dp), suf = some(vector, kSubs * Dp);
     carry = some(gated, Dp);
-    rowsum = arena.take(C), den = arena.take(C), ksum = arena.take(Dp);
+    rowsum = arena.take(C), ksum = arena.take(Dp);
+    state = arena.take(state_size(p));
     d_o = some(backward, C * Vp), dden = some(backward, C);
     e = some(backward && p.delta(), C * Vp), du = some(backward && p.delta(), C * Vp);
-    state = some(backward, state_size(p)), d_state = some(backward, state_size(p));
+    d_state = some(backward, state_size(p)), dksum = some(backward, Dp);
     size = arena.used;
   }
   const float* values(const LinearAttentionProblem& p) const { return p.delta() ? u : v; }

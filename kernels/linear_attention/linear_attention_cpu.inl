@@ -59,22 +59,48 @@ void prepare(const LinearAttentionProblem& p, const Item& item, int64_t t, float
   if (backward) load_output_gradient(p, item, t, n, s.d_o, s.dden, w.o);
 }
 
-void scan(const LinearAttentionProblem& p, const Item& item, int64_t t, float* slot, float* state, bool backward) {
+// state = carry * state + more, for the rows [d0, d1) of S and of z; what stood there is left in kept.
+void scan_rows(const LinearAttentionProblem& p, const float* carry, const float* more, const float* more_z, float* state,
+               float* kept, int64_t d0, int64_t d1) {
+  const int64_t Vp = padded(p.Dv);
+  float *z = state + p.D * Vp, *kept_z = kept + p.D * Vp;
+  for (int64_t d = d0; d < d1; ++d) {
+    const Vec factor = Vec::set1(carry ? carry[d] : 1.0f);
+    for (int64_t c = d * Vp; c < (d + 1) * Vp; c += Vec::W) {
+      const Vec before = Vec::load(state + c), added = Vec::load(more + c);
+      before.store(kept + c);
+      fma(factor, before, added).store(state + c);
+    }
+    if (!p.normalize) continue;
+    const float before = z[d];
+    z[d] = (carry ? carry[d] * before : before) + more_z[d];
+    kept_z[d] = before;
+  }
+}
+
+void scan(const LinearAttentionProblem& p, float* slot, float* state, int64_t d0, int64_t d1, bool backward) {
+  const Slot s(p, slot, backward);
+  scan_rows(p, s.carry, s.state, s.ksum, state, s.state, d0, d1);
+}
+
+void reverse_scan(const LinearAttentionProblem& p, float* slot, float* d_state, int64_t d0, int64_t d1) {
+  const Slot s(p, slot, true);
+  scan_rows(p, s.carry, s.d_state, s.dksum, d_state, s.d_state, d0, d1);
+}
+
+// What the chunk adds to the state, and in backward to the state's gradient.
+void local_states(const LinearAttentionProblem& p, const Item& item, int64_t t, float* slot, bool backward) {
   const Slot s(p, slot, backward);
   const int64_t Dp = padded(p.D), Vp = padded(p.Dv);
   const int n = chunk_rows(item.q_length, t);
-  float* z = state + p.D * Vp;
-  if (backward) {
-    memcpy(s.state + p.D * Vp, z, sizeof(float) * static_cast<size_t>(Dp));
-  } else {
-    float* den = p.den + (item.b * p.H + item.h) * p.Tq + item.start + t;
-    for (int i = 0; i < n; ++i)
-      den[i] = s.den[i] =
-          s.rowsum[i] + sum_row(Dp, [&](int64_t c, int) { return Vec::load(s.qd + i * Dp + c) * Vec::load(z + c); });
-  }
+  product<A::columns, Take::all>(p.D, Vp, n, s.kd, Dp, s.v, Vp, s.state, Vp, Into::store);
+  if (!backward) return;
+  product<A::columns, Take::all>(p.D, Vp, n, s.qd, Dp, s.d_o, Vp, s.d_state, Vp, Into::store);
+  if (!p.normalize) return;
   for (int64_t c = 0; c < Dp; c += Vec::W) {
-    const Vec before = Vec::load(z + c), more = Vec::load(s.ksum + c);
-    (s.carry ? fma(Vec::load(s.carry + c), before, more) : before + more).store(z + c);
+    Vec total = Vec::zero();
+    for (int i = 0; i < n; ++i) total = fma(Vec::set1(s.dden[i]), Vec::load(s.qd + i * Dp + c), total);
+    total.store(s.dksum + c);
   }
 }
 
@@ -120,17 +146,43 @@ void store_output(const LinearAttentionProblem& p, const Item& item, int64_t t, 
   store_rows(p.o, item, t, n, c0, min(c1, p.Dv), o, Vp);
 }
 
+// den of the rows, from the denominators' state z.
+float* denominators(const LinearAttentionProblem& p, const Item& item, int64_t t, int n, const float* q, const float* rowsum,
+                    const float* z) {
+  if (!p.normalize) return nullptr;
+  const int64_t Dp = padded(p.D);
+  float* den = p.den + (item.b * p.H + item.h) * p.Tq + item.start + t;
+  for (int i = 0; i < n; ++i)
+    den[i] = (rowsum ? rowsum[i] : 0.0f) +
+             sum_row(p.D, [&](int64_t c, int m) { return Vec::load(q + i * Dp + c) * load_some(z + c, m); });
+  return den;
+}
+
+void chunk_output(const LinearAttentionProblem& p, const Item& item, int64_t t, int n, const Slot& s, const float* state,
+                  int64_t c0, int64_t c1, const Work& w) {
+  const int64_t Dp = padded(p.D), Vp = padded(p.Dv), N = c1 - c0;
+  const float* den = denominators(p, item, t, n, s.qd, s.rowsum, state + p.D * Vp);
+  product<A::columns, Take::up_to_row>(n, N, n, s.st, C, s.values(p) + c0, Vp, w.o + c0, Vp, Into::store);
+  product<A::rows, Take::all>(n, N, p.D, s.qd, Dp, state + c0, Vp, w.o + c0, Vp, Into::add);
+  store_output(p, item, t, n, den, c0, c1, w.o);
+}
+
+void outputs(const LinearAttentionProblem& p, const Item& item, int64_t t, float* slot, float* kept, float* scratch) {
+  const Slot s(p, slot, false);
+  if (kept) store_state(p, s.state, kept);
+  chunk_output(p, item, t, chunk_rows(item.q_length, t), s, s.state, 0, padded(p.Dv), Work(p, scratch));
+}
+
 void advance(const LinearAttentionProblem& p, const Item& item, int64_t t, float* slot, float* state, int64_t c0, int64_t c1,
              float* scratch) {
   const Slot s(p, slot, false);
-  const Work w(p, scratch);
-  const int64_t Dp = padded(p.D), Vp = padded(p.Dv), N = c1 - c0;
   const int n = chunk_rows(item.q_length, t);
   if (p.delta()) delta_values(p, n, s, state, c0, c1);
-  product<A::columns, Take::up_to_row>(n, N, n, s.st, C, s.values(p) + c0, Vp, w.o + c0, Vp, Into::store);
-  product<A::rows, Take::all>(n, N, p.D, s.qd, Dp, state + c0, Vp, w.o + c0, Vp, Into::add);
-  store_output(p, item, t, n, s.den, c0, c1, w.o);
+  chunk_output(p, item, t, n, s, state, c0, c1, Work(p, scratch));
   add_to_state(p, n, s, state, c0, c1);
+  if (!p.normalize) return;
+  float* z = state + p.D * padded(p.Dv);
+  for (int64_t d = 0; d < p.D; ++d) z[d] = (s.carry ? s.carry[d] * z[d] : z[d]) + s.ksum[d];
 }
 
 void restate(const LinearAttentionProblem& p, const Item& item, int64_t t, float* slot, float* state, int64_t c0, int64_t c1,
@@ -140,7 +192,7 @@ void restate(const LinearAttentionProblem& p, const Item& item, int64_t t, float
   const int n = chunk_rows(item.q_length, t);
   for (int64_t d = 0; d < p.D; ++d)
     for (int64_t c = c0; c < c1; c += Vec::W) Vec::load(state + d * Vp + c).store(s.state + d * Vp + c);
-  if (p.delta()) delta_values(p, n, s, state, c0, c1);
+  delta_values(p, n, s, state, c0, c1);
   add_to_state(p, n, s, state, c0, c1);
 }
 
@@ -172,14 +224,7 @@ void read_queries(const LinearAttentionProblem& p, const Item& item, int64_t t, 
   load_rows(p.q, item, t, n, p.D, w.x);
   apply_map(p.map, n, p.D, w.x);
   product<A::rows, Take::all>(n, Vp, p.D, w.x, Dp, state, Vp, w.o, Vp, Into::store);
-  float* den = nullptr;
-  if (p.normalize) {
-    den = p.den + (item.b * p.H + item.h) * p.Tq + item.start + t;
-    const float* z = state + p.D * Vp;
-    for (int i = 0; i < n; ++i)
-      den[i] = sum_row(Dp, [&](int64_t c, int) { return Vec::load(w.x + i * Dp + c) * Vec::load(z + c); });
-  }
-  store_output(p, item, t, n, den, 0, Vp, w.o);
+  store_output(p, item, t, n, denominators(p, item, t, n, w.x, nullptr, state + p.D * Vp), 0, Vp, w.o);
 }
 
 void step(const LinearAttentionStep& p, int64_t row_begin, int64_t row_end, float* scratch) {
@@ -236,7 +281,6 @@ void step(const LinearAttentionStep& p, int64_t row_begin, int64_t row_end, floa
 // Defined in linear_attention_bwd_cpu.inl.
 void linear_attention_reverse(const LinearAttentionProblem& p, const Item& item, int64_t t, float* slot, float* d_state,
                               int64_t c0, int64_t c1, float* scratch);
-void linear_attention_reverse_scan(const LinearAttentionProblem& p, const Item& item, int64_t t, float* slot, float* d_state);
 void linear_attention_gradients(const LinearAttentionProblem& p, const Item& item, int64_t t, float* slot, float* next_slot,
                                 const float* state, float* scratch);
 void linear_attention_gather_queries(const LinearAttentionProblem& p, const Item& item, int64_t t, float* d_state, int64_t c0,
@@ -254,11 +298,13 @@ extern const LinearAttentionKernels linear_attention_kernels = {
     load_state,
     store_state,
     prepare,
-    scan,
     advance,
+    local_states,
+    scan,
+    outputs,
+    reverse_scan,
     restate,
     linear_attention_reverse,
-    linear_attention_reverse_scan,
     linear_attention_gradients,
     gather_keys,
     read_queries,

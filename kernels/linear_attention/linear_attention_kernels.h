@@ -22,7 +22,7 @@ struct LinearAttentionProblem {
   int64_t B, H, Tq, Tk, D, Dv, sequences, span;
   FeatureMap map;
   Gate gated;
-  bool normalize, causal;
+  bool normalize, causal, delta_rule;
   Tokens q, k, v, gate, beta, o;
   const int64_t* cu_seqlens;  // null: one sequence a batch entry
   float* den;                 // (B, H, Tq)
@@ -35,7 +35,7 @@ struct LinearAttentionProblem {
   const float* d_final_state;
   float* d_initial_state;
 
-  bool delta() const { return beta.data != nullptr; }
+  bool delta() const { return delta_rule; }
   int64_t state_cols() const { return Dv + (normalize ? 1 : 0); }
 };
 
@@ -67,17 +67,21 @@ struct LinearAttentionKernels {
   void (*load_state)(const LinearAttentionProblem&, const float* rows, float* state);  // rows null: zeros
   void (*store_state)(const LinearAttentionProblem&, const float* state, float* rows);
 
-  // Causal, chunk of tokens [t, t + kChunk) of the item.
+  // Causal, chunk of tokens [t, t + kChunk) of the item. Either advance() in the chunks' order, or local_states() in any order,
+  // scan() of rows [d0, d1) of the states in the chunks' order, and outputs() in any order (kept: where
+  // the state before the chunk is wanted, or null): the bits are the same.
   void (*prepare)(const LinearAttentionProblem&, const Item&, int64_t t, float* slot, float* scratch, bool backward);
-  void (*scan)(const LinearAttentionProblem&, const Item&, int64_t t, float* slot, float* state, bool backward);  // z and den
   void (*advance)(const LinearAttentionProblem&, const Item&, int64_t t, float* slot, float* state, int64_t c0, int64_t c1,
                   float* scratch);
-  // Backward: the states of a chunk on the way forward, then gradients of states and values on the way back, then the rest.
+  void (*local_states)(const LinearAttentionProblem&, const Item&, int64_t t, float* slot, bool backward);
+  void (*scan)(const LinearAttentionProblem&, float* slot, float* state, int64_t d0, int64_t d1, bool backward);
+  void (*outputs)(const LinearAttentionProblem&, const Item&, int64_t t, float* slot, float* kept, float* scratch);
+  // Backward: local_states(), scan() and its reverse, or with the delta rule restate() and reverse(); then gradients().
+  void (*reverse_scan)(const LinearAttentionProblem&, float* slot, float* d_state, int64_t d0, int64_t d1);
   void (*restate)(const LinearAttentionProblem&, const Item&, int64_t t, float* slot, float* state, int64_t c0, int64_t c1,
                   float* scratch);
   void (*reverse)(const LinearAttentionProblem&, const Item&, int64_t t, float* slot, float* d_state, int64_t c0, int64_t c1,
                   float* scratch);
-  void (*reverse_scan)(const LinearAttentionProblem&, const Item&, int64_t t, float* slot, float* d_state);
   // next_slot: of the next chunk, null for a group's last one, behind which state stands.
   void (*gradients)(const LinearAttentionProblem&, const Item&, int64_t t, float* slot, float* next_slot, const float* state,
                     float* scratch);

@@ -4,6 +4,8 @@ form, which is what a user would write with einsum and what the benchmarks compa
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -30,8 +32,10 @@ def linear_attention(
         o, state = _one(q, k, v, gate, beta, initial_state, normalize, causal)
         return o.to(dtype), state
     bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != q.shape[2] or bounds != sorted(bounds):
+        raise ValueError(f"linear_attention: cu_seqlens must go from 0 to {q.shape[2]} and not fall; got {bounds}")
     outputs, states = [q.new_zeros(*q.shape[:3], v.shape[3])[:, :, :0]], []
-    for n, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
         part = [None if t is None else t[:, :, begin:end] for t in (q, k, v, gate, beta)]
         start = None if initial_state is None else initial_state[n : n + 1]
         o, state = _one(*part, start, normalize, causal)
@@ -52,15 +56,15 @@ def _one(q, k, v, gate, beta, state, normalize, causal):
         o = q @ state
     else:
         rows = []
-        for t in range(q.shape[2]):
-            if gate is not None:
-                factor = gate[:, :, t].exp()
+        tokens = [[None] * q.shape[2] if t is None else t.unbind(2) for t in (q, k, v, gate, beta)]
+        for q_t, k_t, u, g, strength in zip(*tokens):
+            if g is not None:
+                factor = g.exp()
                 state = (factor[..., None] if factor.dim() == 3 else factor[..., None, None]) * state
-            u = v[:, :, t]
-            if beta is not None:
-                u = beta[:, :, t, None] * (u - torch.einsum("bhd,bhdv->bhv", k[:, :, t], state))
-            state = state + k[:, :, t, :, None] * u[:, :, None, :]
-            rows.append(torch.einsum("bhd,bhdv->bhv", q[:, :, t], state))
+            if strength is not None:
+                u = strength[..., None] * (u - (k_t[:, :, None] @ state).squeeze(2))
+            state = state + k_t[..., None] * u[:, :, None]
+            rows.append((q_t[:, :, None] @ state).squeeze(2))
         o = torch.stack(rows, 2) if rows else q.new_zeros(*q.shape[:3], v.shape[3])
     return (divided(o) if normalize else o), state
 

@@ -69,7 +69,7 @@ def _fwd_fake(q, k, v, gate, beta, initial_state, cu_seqlens, feature, normalize
 def _new_gradients(q, k, v, gate, beta, initial_state):
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
     for t in (gate, beta, initial_state):
-        grads.append(torch.empty(() if t is None else t.shape, dtype=torch.float32, device=q.device))
+        grads.append(torch.empty((0,) if t is None else t.shape, dtype=torch.float32, device=q.device))
     return grads
 
 
@@ -205,8 +205,8 @@ def linear_attention(
     Args:
         q: (B, H, Tq, D), float32, bfloat16 or float16 (others: the reference). Any strides.
         k, v: (B, H, Tk, D), (B, H, Tk, Dv); Tk = Tq where causal.
-        feature_map: "elu" (elu(x) + 1), "relu", "softmax" over D, a function of a tensor (..., D) (applied to q and to k; it may
-            change D), or None for q and k as they are.
+        feature_map: "elu" (elu(x) + 1), "relu", "softmax" over D, a function of a tensor (..., D), applied to q and to k (it
+            may change D), or None for q and k as they are.
         normalize: divide by the sum of weights; where it is 0 the output is 0.
         causal: token t reads what tokens up to t left. False: every query reads the state after the last key.
         decay: (H) natural logarithm of a head's decay a token, not above 0.
@@ -219,8 +219,8 @@ def linear_attention(
         impl: "cpu" or "reference"; None chooses (see mlcore.explain).
 
     Returns:
-        o (B, H, Tq, Dv) in q's dtype; with return_state the pair (o, state), state as initial_state. Both are differentiable, for
-        every tensor argument; second derivatives, forward-mode AD and torch.func go through the reference.
+        o (B, H, Tq, Dv) in q's dtype; with return_state the pair (o, state), state as initial_state. Both are differentiable,
+        for every tensor argument; second derivatives, forward-mode AD and torch.func go through the reference.
 
     Raises:
         ValueError: shapes, dtypes or values break the rules above, or impl can't serve the call.
@@ -338,9 +338,11 @@ def _check_gates(q, causal, decay, gate, beta):
         raise ValueError(f"{_OP}: beta must be (B, H, T) = {(B, H, T)}; got {tuple(beta.shape)}")
     if decay is None:
         return gate
+    # In two steps, so that the sum of decay's gradient is one that torch doesn't cut by threads (up to 32768 tokens at H = 1).
+    decay = decay.view(1, H, 1).expand(1, H, T)
     if gate is None:
-        return decay.view(1, H, 1).expand(B, H, T)
-    return gate + decay.view(1, H, 1, *(1,) * (gate.dim() - 3))
+        return decay.expand(B, H, T)
+    return gate + (decay if gate.dim() == 3 else decay.unsqueeze(3))
 
 
 def _check_sequences(q, v, normalize, initial_state, cu_seqlens) -> None:
@@ -369,7 +371,9 @@ def _narrow(t):
 def _run(q, k, v, gate, beta, initial_state, cu_seqlens, feature, normalize, causal, impl):
     if transformed():
         if impl not in (None, "reference"):
-            raise ValueError(f"{_OP}: impl={impl!r} can't serve torch.func, forward-mode AD or torch.jit.trace; the reference can")
+            raise ValueError(
+                f"{_OP}: impl={impl!r} can't serve torch.func, forward-mode AD or torch.jit.trace; the reference can"
+            )
         impl = "reference"
     backend = choose(_OP, impl, q)
     if backend != "reference" and not (q.shape[3] and v.shape[3]):
