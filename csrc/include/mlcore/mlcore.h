@@ -5,6 +5,7 @@
 #include "mlcore/api.h"
 #include "mlcore/attention.h"
 #include "mlcore/layer_norm.h"
+#include "mlcore/linear_attention.h"
 #include "mlcore/rms_norm.h"
 
 #endif  // MLCORE_H_
