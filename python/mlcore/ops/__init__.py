@@ -1,7 +1,8 @@
 """The operators as functions. Each file registers one op: schema, fake, launcher, autograd.Function, public function."""
 
 from .attention import attention, scaled_dot_product_attention
+from .causal_conv1d import causal_conv1d, causal_conv1d_update
 from .layer_norm import layer_norm
 from .rms_norm import rms_norm
 
-__all__ = ["attention", "layer_norm", "rms_norm", "scaled_dot_product_attention"]
+__all__ = ["attention", "causal_conv1d", "causal_conv1d_update", "layer_norm", "rms_norm", "scaled_dot_product_attention"]
