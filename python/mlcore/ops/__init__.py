@@ -2,7 +2,18 @@
 
 from .attention import attention, scaled_dot_product_attention
 from .causal_conv1d import causal_conv1d, causal_conv1d_update
+from .depthwise_conv import depthwise_conv1d, depthwise_conv2d, depthwise_conv3d
 from .layer_norm import layer_norm
 from .rms_norm import rms_norm
 
-__all__ = ["attention", "causal_conv1d", "causal_conv1d_update", "layer_norm", "rms_norm", "scaled_dot_product_attention"]
+__all__ = [
+    "attention",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "depthwise_conv1d",
+    "depthwise_conv2d",
+    "depthwise_conv3d",
+    "layer_norm",
+    "rms_norm",
+    "scaled_dot_product_attention",
+]
