@@ -222,7 +222,8 @@ def _depthwise_conv(dims, x, weight, bias, stride, padding, dilation, padding_mo
 
 
 _DOC = """Depthwise convolution in {dims} dimension{s}: torch.nn.functional.conv{dims}d(..., groups=C), cross-correlation of
-    each channel with its own filters. Sums are float32. y lies in memory as x does: contiguous and channels_last are both native.
+    each channel with its own filters. Sums are float32. y lies in memory as x does: contiguous and channels_last are both
+    native.
 
     Args:
         x: (N, C, {axes}) or (C, {axes}), float32, bfloat16 or float16 (float64 and other devices: the reference). Any strides;
