@@ -3,13 +3,23 @@
 import mlcore
 y = mlcore.ops.attention(q, k, v, causal=True)   # functions
 mlcore.nn.MultiheadAttention(512, 8)             # layers: torch.nn's signatures and state_dicts
+mlcore.accelerate(model)                         # the layers of an existing model, in place
 mlcore.show_config()                             # what is usable on this machine, and why not
 """
 
 import torch  # noqa: F401  first, so that its OpenMP runtime is the one in the process
 
 from . import nn, ops, patterns
+from ._accelerate import accelerate
 from ._backend import explain, show_config
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "explain", "nn", "ops", "patterns", "show_config"]
+__all__ = [
+    "__version__",
+    "accelerate",
+    "explain",
+    "nn",
+    "ops",
+    "patterns",
+    "show_config",
+]

@@ -4,6 +4,8 @@
 
 #include "mlcore/api.h"
 #include "mlcore/attention.h"
+#include "mlcore/causal_conv1d.h"
+#include "mlcore/depthwise_conv.h"
 #include "mlcore/layer_norm.h"
 #include "mlcore/linear_attention.h"
 #include "mlcore/rms_norm.h"

@@ -1,5 +1,7 @@
 """Modules over mlcore.ops, with the signatures and state dicts of torch.nn where one exists there."""
 
+from .causal_conv1d import CausalConv1d
+from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d, DepthwiseSeparableConv2d
 from .layer_norm import LayerNorm
 from .multihead_attention import MultiheadAttention
 from .rms_norm import RMSNorm
@@ -7,6 +9,11 @@ from .transformer import Transformer, TransformerDecoder, TransformerEncoder
 from .transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
+    "CausalConv1d",
+    "DepthwiseConv1d",
+    "DepthwiseConv2d",
+    "DepthwiseConv3d",
+    "DepthwiseSeparableConv2d",
     "LayerNorm",
     "MultiheadAttention",
     "RMSNorm",

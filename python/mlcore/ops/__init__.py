@@ -1,8 +1,22 @@
 """The operators as functions. Each file registers one op: schema, fake, launcher, autograd.Function, public function."""
 
 from .attention import attention, scaled_dot_product_attention
+from .causal_conv1d import causal_conv1d, causal_conv1d_update
+from .depthwise_conv import depthwise_conv1d, depthwise_conv2d, depthwise_conv3d
 from .layer_norm import layer_norm
 from .linear_attention import linear_attention, linear_attention_step
 from .rms_norm import rms_norm
 
-__all__ = ["attention", "layer_norm", "linear_attention", "linear_attention_step", "rms_norm", "scaled_dot_product_attention"]
+__all__ = [
+    "attention",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "depthwise_conv1d",
+    "depthwise_conv2d",
+    "depthwise_conv3d",
+    "layer_norm",
+    "linear_attention",
+    "linear_attention_step",
+    "rms_norm",
+    "scaled_dot_product_attention",
+]

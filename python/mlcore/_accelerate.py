@@ -1,0 +1,77 @@
+"""mlcore.accelerate: gives layers of an existing model mlcore's classes, in place, and says what it did. Computes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from . import nn
+
+# torch's class -> ours: a subclass with the same parameters, buffers and attributes, so that the class is all that changes.
+_LAYERS = {
+    torch.nn.Conv1d: nn.DepthwiseConv1d,
+    torch.nn.Conv2d: nn.DepthwiseConv2d,
+    torch.nn.Conv3d: nn.DepthwiseConv3d,
+    torch.nn.LayerNorm: nn.LayerNorm,
+    torch.nn.MultiheadAttention: nn.MultiheadAttention,
+    torch.nn.RMSNorm: nn.RMSNorm,
+}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What accelerate did: layers by their names in the model."""
+
+    swapped: dict[str, str] = field(default_factory=dict)  # name -> the new class
+    left: dict[str, str] = field(default_factory=dict)  # name -> why it stayed as it was
+
+    def __str__(self) -> str:
+        lines = [f"swapped {len(self.swapped)} layers, left {len(self.left)} of the kinds that mlcore has"]
+        lines += [f"  {name}: now {what}" for name, what in self.swapped.items()]
+        lines += [f"  {name}: left, {why}" for name, why in self.left.items()]
+        return "\n".join(lines)
+
+
+def _reason(module: torch.nn.Module, stock: type) -> str | None:
+    """None where mlcore serves the layer, else why it is left."""
+    if type(module) is not stock:
+        return f"{type(module).__name__} is a subclass of {stock.__name__} and may compute something else"
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    if isinstance(module, torch.nn.modules.conv._ConvNd) and (module.groups != module.in_channels or module.groups == 1):
+        return f"not depthwise: {module.groups} groups of {module.in_channels} channels"
+    for name, p in module.named_parameters():
+        if p.dtype not in _FLOATS:
+            return f"{name} is {p.dtype}, which the kernels don't take"
+    return None
+
+
+def accelerate(model: torch.nn.Module) -> Report:
+    """Swaps the layers of a model that mlcore has kernels for, in place: depthwise convolutions, MultiheadAttention, LayerNorm
+    and RMSNorm. A layer keeps its identity, parameters, hooks and state_dict; only its class changes.
+
+    Args:
+        model: any module; model itself may be such a layer.
+
+    Returns:
+        Which layers were swapped, and which ones of these kinds were left and why; print it.
+
+    Raises:
+        ValueError: model is no torch.nn.Module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"accelerate: model must be a torch.nn.Module; got {type(model).__name__}")
+    report = Report()
+    for name, module in model.named_modules():
+        stock = next((s for s in _LAYERS if isinstance(module, s)), None)
+        if stock is None or isinstance(module, (*_LAYERS.values(), nn.CausalConv1d)):
+            continue
+        reason = _reason(module, stock)
+        if reason is None:
+            module.__class__ = _LAYERS[stock]
+            report.swapped[name or "(model)"] = f"mlcore.nn.{_LAYERS[stock].__name__}"
+        else:
+            report.left[name or "(model)"] = reason
+    return report

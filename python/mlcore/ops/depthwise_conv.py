@@ -1,0 +1,290 @@
+"""depthwise_conv: registration and the public functions. The equations are in kernels/depthwise_conv/depthwise_conv.h.
+
+One op serves one, two and three dimensions: tensors get the absent ones, of size 1, as views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from .._backend import choose
+from .._registry import autocast, create_graph, direct, kernel, needs_grad, register, transformed
+from ..kernels.depthwise_conv import depthwise_conv_ref
+
+_OP = "depthwise_conv"
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def _channels_last(x) -> bool:
+    """True where x (N, C, D, H, W) is served with C contiguous: then so are the results."""
+    return x.shape[1] > 1 and x.stride(1) == 1 and (x.shape[4] <= 1 or x.stride(4) != 1)
+
+
+def _laid_out(t, channels_last: bool):
+    """t with unit stride in C or in W; a copy only where the strides force one."""
+    if channels_last:
+        return t if t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last_3d)
+    return t if t.shape[4] <= 1 or t.stride(4) == 1 else t.contiguous()
+
+
+def _new(x, shape, channels_last: bool, dtype=None):
+    if not channels_last:
+        return x.new_empty(shape, dtype=dtype)
+    N, C, D, H, W = shape
+    return x.new_empty(N, D, H, W, C, dtype=dtype).permute(0, 4, 1, 2, 3)
+
+
+def _output_shape(x, weight, stride, dilation, pad):
+    sizes = [
+        (n + before + after - (k - 1) * d - 1) // s + 1
+        for n, k, s, d, before, after in zip(x.shape[2:], weight.shape[1:], stride, dilation, pad[::2], pad[1::2], strict=True)
+    ]
+    return (x.shape[0], weight.shape[0], *sizes)
+
+
+def _wide(t):
+    return None if t is None else t.to(torch.float32).contiguous()
+
+
+def _run_fwd(x, weight, bias, stride, dilation, pad, impl):
+    last = _channels_last(x)
+    x = _laid_out(x, last)
+    y = _new(x, _output_shape(x, weight, stride, dilation, pad), last)
+    kernel(_OP, "fwd", impl)(x, _wide(weight), _wide(bias), *stride, *dilation, *pad[::2], y)
+    return y
+
+
+def _run_bwd(dy, x, weight, stride, dilation, pad, need_x, need_params, impl):
+    last = _channels_last(x)
+    x, dy = _laid_out(x, last), _laid_out(dy, last)
+    dx = _new(x, x.shape, last) if need_x else None
+    dweight = dbias = partial = None
+    if need_params:
+        dweight, dbias = (x.new_empty(s, dtype=torch.float32) for s in (weight.shape, weight.shape[:1]))
+        taps = weight.shape[1] * weight.shape[2] * weight.shape[3]
+        pixels = dy.shape[0] * dy.shape[2] * dy.shape[3] * dy.shape[4]
+        partial = x.new_empty(min(max(pixels // 256, 1), 16), taps + 1, weight.shape[0], dtype=torch.float32)
+    kernel(_OP, "bwd", impl)(dy, x, _wide(weight), *stride, *dilation, *pad[::2], dx, dweight, dbias, partial)
+    return dx, dweight, dbias
+
+
+def _fwd_fake(x, weight, bias, stride, dilation, pad, impl):
+    return _new(x, _output_shape(x, weight, stride, dilation, pad), _channels_last(x))
+
+
+# A schema has a fixed number of outputs: what was not asked for is an empty tensor there.
+def _bwd_launch(dy, x, *args):
+    return tuple(x.new_empty(0) if t is None else t for t in _run_bwd(dy, x, *args))
+
+
+def _bwd_fake(dy, x, weight, stride, dilation, pad, need_x, need_params, impl):
+    shapes = (weight.shape, weight.shape[:1]) if need_params else ((0,), (0,))
+    dweight, dbias = (x.new_empty(s, dtype=torch.float32 if need_params else x.dtype) for s in shapes)
+    return _new(x, x.shape, _channels_last(x)) if need_x else x.new_empty(0), dweight, dbias
+
+
+_fwd = register(
+    "depthwise_conv_fwd(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] dilation, SymInt[] pad, str impl)"
+    " -> Tensor",
+    launch=_run_fwd,
+    fake=_fwd_fake,
+)
+_bwd = register(
+    "depthwise_conv_bwd(Tensor dy, Tensor x, Tensor weight, SymInt[] stride, SymInt[] dilation, SymInt[] pad, bool need_x,"
+    " bool need_params, str impl) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    launch=_bwd_launch,
+    fake=_bwd_fake,
+)
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, dilation, pad, impl):
+        ctx.numbers = stride, dilation, pad
+        ctx.impl = impl
+        ctx.save_for_backward(x, weight, bias)
+        return (_run_fwd if direct(x, weight, bias) else _fwd)(x, weight, bias, stride, dilation, pad, impl)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if create_graph():
+            return *_differentiable_gradients(ctx, dy), None, None, None, None
+        run = _run_bwd if direct(dy, x, weight) else _bwd
+        dx, dweight, dbias = run(dy, x, weight, *ctx.numbers, need_x, need_weight or need_bias, ctx.impl)
+        return (
+            dx if need_x else None,
+            dweight.to(weight.dtype) if need_weight else None,
+            dbias.to(bias.dtype) if need_bias else None,
+            *(None,) * 4,
+        )
+
+
+def _differentiable_gradients(ctx, dy):
+    """Gradients with a graph, for create_graph=True: the reference's, which differentiates without end."""
+    tensors = ctx.saved_tensors
+    stride, dilation, pad = ctx.numbers
+    with torch.enable_grad():
+        out = depthwise_conv_ref.depthwise_conv(*tensors, stride, dilation, list(zip(pad[::2], pad[1::2], strict=True)))
+        wanted = [(i, t) for i, t in enumerate(tensors) if ctx.needs_input_grad[i]]
+        found = torch.autograd.grad(out, [t for _, t in wanted], dy, create_graph=True)
+    grads = dict(zip((i for i, _ in wanted), found, strict=True))
+    return tuple(grads.get(i) for i in range(3))
+
+
+def _each(op, name, value, dims, least):
+    """`value` as one integer a dimension."""
+    values = (value,) * dims if isinstance(value, (int, torch.SymInt)) else tuple(value)
+    if len(values) == 1:
+        values *= dims
+    if len(values) != dims or any(not isinstance(v, (int, torch.SymInt)) or v < least for v in values):
+        raise ValueError(f"{op}: {name} must be an integer >= {least}, or {dims} of them; got {value!r}")
+    return values
+
+
+def _padding(op, value, kernel_size, stride, dilation):
+    """(before, after) of each dimension."""
+    dims = len(kernel_size)
+    if value == "valid":
+        return [(0, 0)] * dims
+    if value == "same":
+        if any(s != 1 for s in stride):
+            raise ValueError(f'{op}: padding="same" needs stride 1; got {tuple(stride)}')
+        totals = [(k - 1) * d for k, d in zip(kernel_size, dilation, strict=True)]
+        return [(t // 2, t - t // 2) for t in totals]
+    if isinstance(value, str):
+        raise ValueError(f'{op}: padding must be "same", "valid", or numbers; got {value!r}')
+    if not isinstance(value, int) and any(isinstance(v, Sequence) for v in value):
+        pairs = [_each(op, "padding", v, 2, 0) for v in value]
+        if len(pairs) != dims:
+            raise ValueError(f"{op}: padding must have {dims} pairs (before, after); got {value!r}")
+        return pairs
+    return [(p, p) for p in _each(op, "padding", value, dims, 0)]
+
+
+def _depthwise_conv(dims, x, weight, bias, stride, padding, dilation, padding_mode, impl):
+    op = f"depthwise_conv{dims}d"
+    if x.dim() == dims + 1:  # no batch, as torch's convolutions take it
+        out = _depthwise_conv(dims, x.unsqueeze(0), weight, bias, stride, padding, dilation, padding_mode, impl)
+        return out.squeeze(0)
+    axes = "DHW"[3 - dims :] if dims > 1 else "L"
+    if x.dim() != dims + 2:
+        raise ValueError(f"{op}: x must be (N, C, {', '.join(axes)}); got shape {tuple(x.shape)}")
+    x, weight, bias = autocast(x.device.type, x, weight, bias)
+    C = x.shape[1]
+    if x.dtype not in _FLOATS:
+        raise ValueError(f"{op}: x must be a floating-point tensor; got {x.dtype}")
+    if weight.dim() != dims + 2 or weight.shape[1] != 1 or C == 0 or weight.shape[0] % C or 0 in weight.shape:
+        raise ValueError(
+            f"{op}: weight must be (C * multiplier, 1, {', '.join('K' + a for a in axes)}) with C = {C} >= 1; "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias must have shape ({weight.shape[0]},); got {tuple(bias.shape)}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and (t.dtype not in (x.dtype, torch.float32) or t.device != x.device):
+            raise ValueError(
+                f"{op}: {name} must be {x.dtype} as x, or torch.float32, on {x.device}; got {t.dtype} on {t.device}"
+            )
+    if padding_mode not in _MODES:
+        raise ValueError(f"{op}: padding_mode must be one of {', '.join(_MODES)}; got {padding_mode!r}")
+    stride, dilation = _each(op, "stride", stride, dims, 1), _each(op, "dilation", dilation, dims, 1)
+    pairs = _padding(op, padding, weight.shape[2:], stride, dilation)
+    if padding_mode != "zeros":  # torch's own padding, a copy
+        x = F.pad(x, [n for pair in reversed(pairs) for n in pair], mode=padding_mode)
+        pairs = [(0, 0)] * dims
+    for axis, n, k, d, (before, after) in zip(axes, x.shape[2:], weight.shape[2:], dilation, pairs, strict=True):
+        if n + before + after < (k - 1) * d + 1:
+            raise ValueError(
+                f"{op}: the kernel spans {(k - 1) * d + 1} along {axis}, where x with its padding has {n + before + after}"
+            )
+    backend = choose(_OP, "reference" if impl is None and transformed() else impl, x)
+    if backend != "reference" and transformed():
+        raise ValueError(f"{op}: impl={impl!r} can't serve torch.func, forward-mode AD or torch.jit.trace")
+    absent = 3 - dims
+    ones, none = (1,) * absent, ((0, 0),) * absent
+    x5 = x[(slice(None), slice(None), *(None,) * absent)]
+    w4 = weight[(slice(None), 0, *(None,) * absent)]
+    stride, dilation, pairs = (*ones, *stride), (*ones, *dilation), (*none, *pairs)
+    pad = [n for pair in pairs for n in pair]
+    if backend == "reference":
+        y = depthwise_conv_ref.depthwise_conv(x5, w4, bias, stride, dilation, pairs)
+    elif needs_grad(x, weight, bias):
+        y = _DepthwiseConv.apply(x5, w4, bias, stride, dilation, pad, backend)
+    else:
+        y = (_run_fwd if direct(x5, w4, bias) else _fwd)(x5, w4, bias, stride, dilation, pad, backend)
+    return y.flatten(2, 2 + absent) if absent else y
+
+
+_DOC = """Depthwise convolution in {dims} dimension{s}: torch.nn.functional.conv{dims}d(..., groups=C), cross-correlation of
+    each channel with its own filters. Sums are float32. y lies in memory as x does: contiguous and channels_last are both
+    native.
+
+    Args:
+        x: (N, C, {axes}) or (C, {axes}), float32, bfloat16 or float16 (float64 and other devices: the reference). Any strides;
+            a copy is made where neither the last dimension nor C is contiguous.
+        weight: (C * multiplier, 1, {kernel}), x's dtype or float32; output channel i filters channel i // multiplier.
+        bias: (C * multiplier), x's dtype or float32.
+        stride, dilation: an integer, or one a dimension.
+        padding: an integer, one a dimension, a pair (before, after) a dimension, "same" (stride 1) or "valid".
+        padding_mode: "zeros", "reflect", "replicate" or "circular"; all but zeros make a padded copy of x.
+        impl: "cpu", "cuda", "triton" or "reference"; None chooses (see mlcore.explain, op "depthwise_conv").
+
+    Returns:
+        y (N, C * multiplier, ...) in x's dtype. Differentiable; second derivatives go through the reference.
+
+    Raises:
+        ValueError: shapes, dtypes or values break the rules above, or impl can't serve the call.
+    """
+
+
+def depthwise_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    padding_mode: str = "zeros",
+    impl: str | None = None,
+) -> torch.Tensor:
+    return _depthwise_conv(1, x, weight, bias, stride, padding, dilation, padding_mode, impl)
+
+
+def depthwise_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    padding_mode: str = "zeros",
+    impl: str | None = None,
+) -> torch.Tensor:
+    return _depthwise_conv(2, x, weight, bias, stride, padding, dilation, padding_mode, impl)
+
+
+def depthwise_conv3d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    padding_mode: str = "zeros",
+    impl: str | None = None,
+) -> torch.Tensor:
+    return _depthwise_conv(3, x, weight, bias, stride, padding, dilation, padding_mode, impl)
+
+
+for _dims, _axes, _fn in ((1, "L", depthwise_conv1d), (2, "H, W", depthwise_conv2d), (3, "D, H, W", depthwise_conv3d)):
+    _kernel = ", ".join(f"K{a}" for a in _axes.split(", "))
+    _fn.__doc__ = _DOC.format(dims=_dims, s="s" if _dims > 1 else "", axes=_axes, kernel=_kernel)
