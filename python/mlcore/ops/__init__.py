@@ -1,7 +1,16 @@
 """The operators as functions. Each file registers one op: schema, fake, launcher, autograd.Function, public function."""
 
+from ._attention_positions import alibi_slopes, merge_attention, t5_relative
 from .attention import attention, scaled_dot_product_attention
 from .layer_norm import layer_norm
 from .rms_norm import rms_norm
 
-__all__ = ["attention", "layer_norm", "rms_norm", "scaled_dot_product_attention"]
+__all__ = [
+    "alibi_slopes",
+    "attention",
+    "layer_norm",
+    "merge_attention",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "t5_relative",
+]
