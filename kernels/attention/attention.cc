@@ -1,6 +1,7 @@
 // Validates, fills the problem, and shares the work out. The contract is attention.h, the arithmetic the *_cpu.inl files.
 #include "attention/attention.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <memory>
@@ -24,7 +25,7 @@ Operand operand(const Tensor& t) {
 }
 
 struct Args {
-  const DLTensor *q, *k, *v, *bias, *row_ptr, *cols, *ids, *bits;
+  const DLTensor *q, *k, *v, *bias, *relative, *sinks, *row_ptr, *cols, *ids, *bits;
   int64_t left, right, offset, set_b, set_h;
   double scale, softcap, dropout_p;
   int64_t seed;
@@ -107,8 +108,32 @@ AttentionProblem make_problem(const Args& a) {
     p.bias = bias.raw(), p.bias_dtype = bias.dtype();
     p.bias_sb = strides[0], p.bias_sh = strides[1], p.bias_sq = strides[2], p.bias_sk = strides[3];
   }
+  const Tensor sinks(a.sinks, kOp, "sinks");
+  if (sinks.present()) p.sinks = sinks.on(kDLCPU).dtype_in({Dtype::f32}).shape_is({p.H}, "(H)").contiguous().data<float>();
   p.schedule = make_schedule(a, p.B, p.H, p.Tq, p.Tk);
   return p;
+}
+
+// relative as the kernels read it: backwards, in log2 units, and with kTile readable floats behind each row.
+std::vector<float> set_relative(const Args& a, AttentionProblem& p) {
+  const Tensor relative(a.relative, kOp, "relative");
+  if (!relative.present() || p.Tq + p.Tk == 0) return {};
+  relative.on(kDLCPU).dtype_in({Dtype::f32}).rank_is(3, "(B|1, H|1, Tq + Tk - 1)").last_dim_contiguous();
+  const int64_t length = p.Tq + p.Tk - 1, sets_b = relative.size(0), sets_h = relative.size(1);
+  require((sets_b == 1 || sets_b == p.B) && (sets_h == 1 || sets_h == p.H) && relative.size(2) == length, kOp,
+          ": relative must be (B|1, H|1, Tq + Tk - 1) with (B, H, Tq + Tk - 1) = (", p.B, ", ", p.H, ", ", length, "); got ",
+          relative.shape_text());
+  const int64_t row = length + 2 * kTile;
+  std::vector<float> reversed(sets_b * sets_h * row, 0.0f);
+  for (int64_t n = 0; n < sets_b * sets_h; ++n) {
+    const float* from = relative.data<float>() + n / sets_h * relative.stride(0) + n % sets_h * relative.stride(1);
+    float* to = reversed.data() + n * row + kTile;
+    for (int64_t x = 0; x < length; ++x) to[x] = from[length - 1 - x] * 1.44269504088896341f;
+  }
+  p.relative = reversed.data() + kTile;
+  p.relative_sh = sets_h == 1 ? 0 : row;
+  p.relative_sb = sets_b == 1 ? 0 : sets_h * row;
+  return reversed;
 }
 
 void set_lse(AttentionProblem& p, const Tensor& lse) {
@@ -119,6 +144,7 @@ void set_lse(AttentionProblem& p, const Tensor& lse) {
 
 void fwd(const Args& a, const DLTensor* o_, const DLTensor* lse_) {
   AttentionProblem p = make_problem(a);
+  const std::vector<float> relative = set_relative(a, p);
   const Tensor o(o_, kOp, "o"), lse(lse_, kOp, "lse");
   o.on(kDLCPU).dtype_in({p.dtype}).shape_is({p.B, p.H, p.Tq, p.Dv}, "(B, H, Tq, Dv)");
   set_lse(p, lse);
@@ -255,10 +281,11 @@ struct Visits {
 };
 
 void bwd(const Args& a, const DLTensor* o_, const DLTensor* lse_, const DLTensor* d_o_, const DLTensor* d_lse_,
-         const DLTensor* dq_, const DLTensor* dk_, const DLTensor* dv_, const DLTensor* dbias_) {
+         const DLTensor* dq_, const DLTensor* dk_, const DLTensor* dv_, const DLTensor* dbias_, const DLTensor* drelative_) {
   AttentionProblem p = make_problem(a);
+  const std::vector<float> relative = set_relative(a, p);
   const Tensor o(o_, kOp, "o"), lse(lse_, kOp, "lse"), d_o(d_o_, kOp, "d_o"), d_lse(d_lse_, kOp, "d_lse"), dq(dq_, kOp, "dq"),
-      dk(dk_, kOp, "dk"), dv(dv_, kOp, "dv"), dbias(dbias_, kOp, "dbias");
+      dk(dk_, kOp, "dk"), dv(dv_, kOp, "dv"), dbias(dbias_, kOp, "dbias"), drelative(drelative_, kOp, "drelative");
   o.on(kDLCPU).dtype_in({p.dtype}).shape_is({p.B, p.H, p.Tq, p.Dv}, "(B, H, Tq, Dv)");
   d_o.on(kDLCPU).dtype_in({p.dtype}).shape_is({p.B, p.H, p.Tq, p.Dv}, "(B, H, Tq, Dv)");
   set_lse(p, lse);
@@ -281,6 +308,13 @@ void bwd(const Args& a, const DLTensor* o_, const DLTensor* lse_, const DLTensor
     p.dbias_sq = bias.size(2) == 1 ? 0 : p.Tk;
     p.dbias_sh = bias.size(1) == 1 ? 0 : bias.size(2) * p.Tk;
     p.dbias_sb = bias.size(0) == 1 ? 0 : bias.size(1) * bias.size(2) * p.Tk;
+  }
+
+  if (drelative.present()) {
+    drelative.on(kDLCPU).dtype_in({Dtype::f32}).rank_is(3, "(B, H, Tq + Tk - 1)").contiguous();
+    require(p.relative != nullptr, kOp, ": drelative needs relative");
+    drelative.shape_is({p.B, p.H, p.Tq + p.Tk - 1}, "(B, H, Tq + Tk - 1)");
+    p.drelative = drelative.data<float>();
   }
 
   const AttentionKernels& kernels = attention_kernels_now();
@@ -307,15 +341,25 @@ void bwd(const Args& a, const DLTensor* o_, const DLTensor* lse_, const DLTensor
   });
   Turns turns(p, plan.block_tiles);
   const int64_t blocks = (s.k_tiles + plan.block_tiles - 1) / plan.block_tiles;
-  parallel_claim(blocks * units, plan.threads, [&](int64_t n, int thread) {
-    const int64_t block = n / units, unit = n % units, begin = block * plan.block_tiles;
-    const int64_t end = std::min(begin + plan.block_tiles, s.k_tiles);
+  const auto one_block = [&](int64_t block, int64_t unit, int thread) {
+    const int64_t begin = block * plan.block_tiles, end = std::min(begin + plan.block_tiles, s.k_tiles);
     for (int64_t b = unit / units_h * b_in_unit; b < (unit / units_h + 1) * b_in_unit; ++b)
       for (int64_t hkv = unit % units_h * hkv_in_unit; hkv < (unit % units_h + 1) * hkv_in_unit; ++hkv) {
         Turns::Block turn{&turns, b, block};
         kernels.bwd(p, b, hkv, block, begin, end, DqOrder{&turn, Turns::enter, Turns::leave}, own + thread * scratch_floats);
       }
-  });
+  };
+  if (p.drelative) {  // its diagonals run through all blocks: a unit is one thread's, so that they are summed in order
+    parallel_claim(units, plan.threads, [&](int64_t unit, int thread) {
+      for (int64_t block = 0; block < blocks; ++block) one_block(block, unit, thread);
+    });
+    for (int64_t n = 0; n < p.B * p.H; ++n) {
+      float* row = p.drelative + n * (p.Tq + p.Tk - 1);
+      std::reverse(row, row + p.Tq + p.Tk - 1);
+    }
+  } else {
+    parallel_claim(blocks * units, plan.threads, [&](int64_t n, int thread) { one_block(n / units, n % units, thread); });
+  }
   if (!in_place) parallel_for(rows, 256, [&](int64_t begin, int64_t end) { kernels.store_dq(p, begin, end); });
   shared_scratch.release_if_large();
 }
@@ -323,23 +367,26 @@ void bwd(const Args& a, const DLTensor* o_, const DLTensor* lse_, const DLTensor
 }  // namespace
 }  // namespace mlcore
 
-int mlc_attention_fwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, int64_t left,
-                      int64_t right, int64_t offset, const DLTensor* row_ptr, const DLTensor* cols, const DLTensor* ids,
-                      const DLTensor* bits, int64_t set_b, int64_t set_h, double scale, double softcap, double dropout_p,
-                      int64_t seed, DLTensor* o, DLTensor* lse) {
+int mlc_attention_fwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, const DLTensor* relative,
+                      const DLTensor* sinks, int64_t left, int64_t right, int64_t offset, const DLTensor* row_ptr,
+                      const DLTensor* cols, const DLTensor* ids, const DLTensor* bits, int64_t set_b, int64_t set_h,
+                      double scale, double softcap, double dropout_p, int64_t seed, DLTensor* o, DLTensor* lse) {
   return mlcore::guard([&] {
-    mlcore::fwd({q, k, v, bias, row_ptr, cols, ids, bits, left, right, offset, set_b, set_h, scale, softcap, dropout_p, seed},
+    mlcore::fwd({q, k, v, bias, relative, sinks, row_ptr, cols, ids, bits, left, right, offset, set_b, set_h, scale, softcap,
+                 dropout_p, seed},
                 o, lse);
   });
 }
 
-int mlc_attention_bwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, int64_t left,
-                      int64_t right, int64_t offset, const DLTensor* row_ptr, const DLTensor* cols, const DLTensor* ids,
-                      const DLTensor* bits, int64_t set_b, int64_t set_h, double scale, double softcap, double dropout_p,
-                      int64_t seed, const DLTensor* o, const DLTensor* lse, const DLTensor* d_o, const DLTensor* d_lse,
-                      DLTensor* dq, DLTensor* dk, DLTensor* dv, DLTensor* dbias) {
+int mlc_attention_bwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, const DLTensor* relative,
+                      const DLTensor* sinks, int64_t left, int64_t right, int64_t offset, const DLTensor* row_ptr,
+                      const DLTensor* cols, const DLTensor* ids, const DLTensor* bits, int64_t set_b, int64_t set_h,
+                      double scale, double softcap, double dropout_p, int64_t seed, const DLTensor* o, const DLTensor* lse,
+                      const DLTensor* d_o, const DLTensor* d_lse, DLTensor* dq, DLTensor* dk, DLTensor* dv, DLTensor* dbias,
+                      DLTensor* drelative) {
   return mlcore::guard([&] {
-    mlcore::bwd({q, k, v, bias, row_ptr, cols, ids, bits, left, right, offset, set_b, set_h, scale, softcap, dropout_p, seed},
-                o, lse, d_o, d_lse, dq, dk, dv, dbias);
+    mlcore::bwd({q, k, v, bias, relative, sinks, row_ptr, cols, ids, bits, left, right, offset, set_b, set_h, scale, softcap,
+                 dropout_p, seed},
+                o, lse, d_o, d_lse, dq, dk, dv, dbias, drelative);
   });
 }

@@ -1,12 +1,14 @@
 // Softmax attention over the tiles that a schedule names.
 //   s[b,h,i,j] = scale * <q[b,h,i,:], k[b,g,j,:]>,  g = h / (H / Hkv);  with a softcap s = softcap * tanh(s / softcap)
-//   p[b,h,i,:] = softmax over the seen keys j of (s + bias)[b,h,i,j]
+//   p[b,h,i,:] = softmax over the seen keys j, and the sink, of (s + bias)[b,h,i,j] + relative[b,h,j-i+Tq-1], and sinks[h]
 //   o[b,h,i,:] = sum_j keep[b,h,i,j] / (1 - dropout_p) * p[b,h,i,j] * v[b,g,j,:]
-//   lse[0,b,h,i] = log sum_j exp(s + bias)[b,h,i,j]                    (natural logarithm)
+//   lse[0,b,h,i] = log sum_j exp(s + bias)[b,h,i,j], relative and sinks included    (natural logarithm)
 // A query that sees no key has o = 0, lse[0] = -inf and no gradient. What keys hold that a query doesn't see never reaches it.
 //   q, o : (B, H, Tq, D), (B, H, Tq, Dv)     k, v : (B, Hkv, Tk, D), (B, Hkv, Tk, Dv), Hkv divides H; float32, bfloat16,
 //   float16 bias : (B|1, H|1, Tq|1, Tk|1), any of the three dtypes, NULL is none lse : (2, B, H, Tq) fp32: lse[0] as above,
 //   lse[1] what its rounding lost: p = exp(s + bias - lse[0]) * lse[1]
+//   relative : (B|1, H|1, Tq + Tk - 1) float32, finite: what depends on the distance alone, without a T x T matrix. NULL: none
+//   sinks : (H) float32: a score without key and value, that a query may spend its attention on. NULL: none
 // The last dimension of q, k, v, o is contiguous; other strides are free. Sums are fp32.
 //
 // Who sees whom: query i sees key j where i + offset - left <= j <= i + offset + right (negative left or right: no limit),
@@ -21,19 +23,23 @@
 #include "mlcore/api.h"
 
 // softcap 0 is none. dropout_p in [0, 1]; keep is a function of seed, b, h, i and j alone (attention_dropout.h).
-MLC_API int mlc_attention_fwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, int64_t left,
-                              int64_t right, int64_t offset, const DLTensor* row_ptr, const DLTensor* cols, const DLTensor* ids,
-                              const DLTensor* bits, int64_t set_b, int64_t set_h, double scale, double softcap,
-                              double dropout_p, int64_t seed, DLTensor* o, DLTensor* lse);
+MLC_API int mlc_attention_fwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias,
+                              const DLTensor* relative, const DLTensor* sinks, int64_t left, int64_t right, int64_t offset,
+                              const DLTensor* row_ptr, const DLTensor* cols, const DLTensor* ids, const DLTensor* bits,
+                              int64_t set_b, int64_t set_h, double scale, double softcap, double dropout_p, int64_t seed,
+                              DLTensor* o, DLTensor* lse);
 
 // Gradients of sum(o * d_o) + sum(lse[0] * d_lse). d_lse (B, H, Tq) may be NULL; dbias (fp32, bias's shape, contiguous, zeroed)
-// may be NULL. dbias's last dimension must be Tk: of a bias that is the same for all keys the gradient is the sum of d_lse. dq,
-// dk, dv: dtypes and shapes of q, k, v, contiguous in the last dimension.
-MLC_API int mlc_attention_bwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, int64_t left,
-                              int64_t right, int64_t offset, const DLTensor* row_ptr, const DLTensor* cols, const DLTensor* ids,
-                              const DLTensor* bits, int64_t set_b, int64_t set_h, double scale, double softcap,
-                              double dropout_p, int64_t seed, const DLTensor* o, const DLTensor* lse, const DLTensor* d_o,
-                              const DLTensor* d_lse, DLTensor* dq, DLTensor* dk, DLTensor* dv, DLTensor* dbias);
+// may be NULL. dbias's last dimension must be Tk: of a bias that is the same for all keys the gradient is the sum of d_lse.
+// drelative (B, H, Tq + Tk - 1) fp32, contiguous, zeroed, may be NULL; it makes each (b, key head) the work of one thread.
+// sinks' gradient follows from o, lse and their gradients. dq, dk, dv: dtypes and shapes of q, k, v, contiguous in the last
+// dimension.
+MLC_API int mlc_attention_bwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias,
+                              const DLTensor* relative, const DLTensor* sinks, int64_t left, int64_t right, int64_t offset,
+                              const DLTensor* row_ptr, const DLTensor* cols, const DLTensor* ids, const DLTensor* bits,
+                              int64_t set_b, int64_t set_h, double scale, double softcap, double dropout_p, int64_t seed,
+                              const DLTensor* o, const DLTensor* lse, const DLTensor* d_o, const DLTensor* d_lse, DLTensor* dq,
+                              DLTensor* dk, DLTensor* dv, DLTensor* dbias, DLTensor* drelative);
 
 // A dense boolean mask (set_b, set_h, Tq|1, Tk), any strides, as a tile list, in two calls: the first fills codes
 // (sets, q_tiles, k_tiles) int32 with -2 (skip), -1 (full) or the row of bits, and counts (2) int64 with the number of listed

@@ -101,6 +101,20 @@ void add_dbias(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, int6
     }
 }
 
+// The tile's diagonals of ds, summed down the keys and added up: x is query - key + kTile - 1 within the tile.
+void add_drelative(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, int64_t kt, int nq_padded, int nk,
+                   const float* dst) {
+  float sums[2 * kTile] = {};
+  for (int j = 0; j < nk; ++j)
+    for (int i = 0; i < nq_padded; i += Vec::W) {
+      float* at = sums + i - j + kTile - 1;
+      (Vec::load(at) + Vec::load(dst + j * kTile + i)).store(at);
+    }
+  const int64_t length = p.Tq + p.Tk - 1, begin = p.Tk - 1 + (qt - kt) * kTile - (kTile - 1);
+  float* out = p.drelative + (b * p.H + h) * length;
+  for (int64_t x = max<int64_t>(0, -begin); x < min<int64_t>(2 * kTile, length - begin); ++x) out[begin + x] += sums[x];
+}
+
 // What a query tile brings: q and do in both orders, lse in log2 units and delta. The factor that p lacks is in do and delta,
 // where it costs nothing. Lanes beyond the last query give p = 0.
 template <class T>
@@ -161,6 +175,7 @@ void bwd_block(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t block,
     scores(ranges, extras.words != nullptr, nk, nq_padded, p.D, w.kt + c * p.D * kTile, w.qt, w.pt);
     scores(ranges, extras.words != nullptr, nk, nq_padded, p.Dv, w.vt + c * p.Dv * kTile, w.dot, w.dst);  // dp (keys, queries)
     extras.first_key = kt * kTile;
+    extras.relative = relative_of(p, b, h, qt, kt);
     if (p.bias) {
       load_bias(p, b, h, qt, kt, w.raw, w.bias);
       extras.bias = w.bias;
@@ -171,6 +186,7 @@ void bwd_block(const AttentionProblem& p, int64_t b, int64_t hkv, int64_t block,
       gradient_tile<false>(extras, ranges, nk, nq, nq_padded, p.keep_scale, w);
     }
     if (p.dbias) add_dbias(p, b, h, qt, kt, nq, nk, w.dst);
+    if (p.drelative) add_drelative(p, b, h, qt, kt, nq_padded, nk, w.dst);
     if (p.softcap > 0) apply_cap_gradient(nk, nq_padded, w);
     grouped_product<kTile, 1, true>(ranges.q_lo, ranges.q_hi, nk, Dv, nq, w.pt, w.d_o, w.dv + c * kTile * Dv, Dv);
     grouped_product<kTile, 1, true>(ranges.q_lo, ranges.q_hi, nk, D, nq, w.dst, w.q, w.dk + c * kTile * D, D);

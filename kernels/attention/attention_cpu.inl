@@ -99,16 +99,22 @@ void store_output(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, i
   const int64_t ld = padded(p.Dv);
   for (int i = 0; i < nq; ++i) {
     const int64_t t = qt * kTile + i;
-    const float l = any ? w.l[i] : 0.0f;
+    float l = any ? w.l[i] : 0.0f, m = l == 0.0f ? -INFINITY : w.m[i], o_scale = 1.0f;
+    if (p.sinks) {  // one more score, that has no value
+      const float sink = p.sinks[h] * kLog2e, top = max(m, sink);
+      o_scale = exp2f(m - top);
+      l = (l == 0.0f ? 0.0f : l * o_scale) + exp2f(sink - top);
+      m = top;
+    }
     const bool empty = l == 0.0f;
-    const float inverse = empty ? 0.0f : 1.0f / l;
-    const float lse = empty ? -INFINITY : (w.m[i] + log2f(l)) * kLn2;
+    const float inverse = empty ? 0.0f : o_scale / l;
+    const float lse = empty ? -INFINITY : (m + log2f(l)) * kLn2;
     const int64_t row = (b * p.H + h) * p.Tq + t;
     p.lse[row] = lse;
-    p.lse_factor[row] = empty ? 1.0f : exp2f(lse * kLog2e - w.m[i]) * inverse;
+    p.lse_factor[row] = empty ? 1.0f : exp2f(lse * kLog2e - m) / l;
     T* out = const_cast<T*>(row_of<T>(p.o, b, h, t));
     for_row(p.Dv, [&](int64_t c, int n) {
-      store_some(out + c, empty ? Vec::zero() : Vec::load(w.o + i * ld + c) * Vec::set1(inverse), n);
+      store_some(out + c, inverse == 0.0f ? Vec::zero() : Vec::load(w.o + i * ld + c) * Vec::set1(inverse), n);
     });
   }
 }
@@ -143,6 +149,7 @@ void fwd_tile(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, const
     const TileRanges ranges = TileRanges::of(extras.words, nk, nq);
     scores(ranges, extras.words != nullptr, nk, nq_padded, p.D, k, w.qt, w.st);
     extras.first_key = kt * kTile;
+    extras.relative = relative_of(p, b, h, qt, kt);
     if (p.bias) {
       load_bias(p, b, h, qt, kt, w.raw, w.bias);
       extras.bias = w.bias;

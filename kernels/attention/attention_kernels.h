@@ -25,6 +25,9 @@ struct AttentionProblem {
   const void* bias;  // null: none
   Dtype bias_dtype;
   int64_t bias_sb, bias_sh, bias_sq, bias_sk;  // 0 where broadcast
+  const float* relative;                       // null: none; of (i, j) at Tk - 1 - j + i, in log2 units, kTile readable beyond
+  int64_t relative_sb, relative_sh;
+  const float* sinks;  // (H), null: none
   Schedule schedule;
   // Backward only.
   Operand d_o, dq, dk, dv;
@@ -32,6 +35,7 @@ struct AttentionProblem {
   Operand dq_sum;      // (B, H, Tq, D padded) fp32: dq itself where it is fp32 and needs no padding
   float* dbias;        // (B|1, H|1, Tq|1, Tk) contiguous, null: not wanted
   int64_t dbias_sb, dbias_sh, dbias_sq;
+  float* drelative;  // (B, H, Tq + Tk - 1), of (i, j) at Tk - 1 - j + i; null: not wanted
 
   int64_t group() const { return H / Hkv; }
 };

@@ -44,10 +44,11 @@ def dropout_keep(shape: tuple[int, int, int, int], seed: int, dropout_p: float, 
     return _hash32(key ^ column) >= threshold
 
 
-def attention(q, k, v, *, mask=None, bias=None, scale=1.0, softcap=None, dropout_p=0.0, seed=0):
+def attention(q, k, v, *, mask=None, bias=None, relative=None, sinks=None, scale=1.0, softcap=None, dropout_p=0.0, seed=0):
     """(o, lse) of q (B, H, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv).
 
     mask: bool, True = seen; bias: added to scale * q k^T (after the softcap); both broadcastable to (B, H, Tq, Tk).
+    relative: (B|1, H|1, Tq + Tk - 1), added at j - i + Tq - 1; sinks: (H), one more score a head, without a value.
     A row that sees nothing gives o = 0 and lse = -inf. Keys that no query sees may hold anything.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -65,9 +66,14 @@ def attention(q, k, v, *, mask=None, bias=None, scale=1.0, softcap=None, dropout
         s = softcap * torch.tanh(s / softcap)
     if bias is not None:
         s = s + bias.to(wide)
+    if relative is not None and shape[2] and shape[3]:
+        i, j = torch.arange(shape[2], device=q.device), torch.arange(shape[3], device=q.device)
+        s = s + relative.to(wide)[..., j[None, :] - i[:, None] + shape[2] - 1]
     if mask is not None:
         s = s.masked_fill(~mask, float("-inf"))
-    if shape[3] == 0:
+    if sinks is not None:
+        s = torch.cat([s, sinks.to(wide).view(1, -1, 1, 1).expand(*shape[:3], 1)], -1)
+    elif shape[3] == 0:
         return q.new_zeros((*shape[:3], v.shape[3])), q.new_full(shape[:3], float("-inf"))
     top = s.detach().amax(-1, keepdim=True)
     top = torch.where(top == float("-inf"), torch.zeros_like(top), top)
@@ -76,6 +82,7 @@ def attention(q, k, v, *, mask=None, bias=None, scale=1.0, softcap=None, dropout
     empty = total == 0
     p = e / torch.where(empty, torch.ones_like(total), total)
     lse = torch.where(empty, float("-inf"), torch.log(torch.where(empty, torch.ones_like(total), total)) + top).squeeze(-1)
+    p = p[..., : shape[3]]
     if dropout_p > 0.0:
         keep = dropout_keep(shape, seed, dropout_p, q.device)
         p = torch.where(keep, p / (1.0 - dropout_p), 0.0) if dropout_p < 1.0 else p * 0.0

@@ -43,13 +43,14 @@ inline Vec tanh(Vec x) {
 struct TileExtras {
   const uint64_t* words = nullptr;  // [key] bit i: query i sees the key; null: all do
   const float* bias = nullptr;      // [key][kTile] in log2 units
+  const float* relative = nullptr;  // of (key j, query i) at i - j
   float softcap = 0;
   const uint32_t* drop_keys = nullptr;  // [query] dropout_row_key; null: no dropout
   uint32_t drop_below = 0;
   bool drop_all = false;
   int64_t first_key = 0;
 
-  bool plain() const { return words == nullptr && bias == nullptr && softcap == 0; }
+  bool plain() const { return words == nullptr && bias == nullptr && relative == nullptr && softcap == 0; }
 
   // The score of lanes i .. i+W-1 against key j from the raw product; *cap_grad gets d score / d product of the softcap.
   Vec score(Vec product, int j, int i, Vec* cap_grad = nullptr) const {
@@ -60,6 +61,7 @@ struct TileExtras {
       s = t * Vec::set1(softcap * kLog2e);
     }
     if (bias) s = s + Vec::load(bias + j * kTile + i);
+    if (relative) s = s + Vec::load(relative + i - j);
     return s;
   }
   // For tiles that hold infinities or NaN: is there a pair that must not meet, and does query i see key j.
@@ -143,6 +145,12 @@ void grouped_product(const int* lo, const int* hi, int rows, int64_t cols, int64
                                 b + n * depth + lo[g] * width, out + r * ld + n, ld);
     }
   }
+}
+
+// What TileExtras::relative is for tile (qt, kt): the scores of a tile need only its 127 diagonals.
+inline const float* relative_of(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, int64_t kt) {
+  if (p.relative == nullptr) return nullptr;
+  return p.relative + b * p.relative_sb + h * p.relative_sh + p.Tk - 1 + (qt - kt) * kTile;
 }
 
 // The tile (qt, kt) of the bias, transposed to [key][kTile], in log2 units. raw is scratch of kTile * kTile floats.

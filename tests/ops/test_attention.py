@@ -229,11 +229,16 @@ def test_registered_ops():
     numbers = (0.2, 0.0, 0.0, "cpu")
     mask, bias = torch.rand(2, 1, 70, 131) > 0.3, torch.randn(1, 4, 70, 131)
     masked = Causal() & Dense(mask)
-    for arguments in ((None, None, [], Causal().spec), (bias, None, list(masked.tensors), masked.spec)):
+    relative, sinks = torch.randn(1, 4, 200), torch.randn(4)
+    for arguments in (
+        (None, None, None, None, [], Causal().spec),
+        (bias, relative, sinks, None, list(masked.tensors), masked.spec),
+    ):
         testing.check_op(_fwd, (q, k, v, *arguments, *numbers))
         o, lse = _fwd(q, k, v, *arguments, *numbers)
         for need_dbias in (False, arguments[0] is not None):
-            testing.check_op(_bwd, (q, k, v, *arguments, *numbers, o, lse, torch.randn_like(o), None, need_dbias))
+            given = (o, lse, torch.randn_like(o), None, need_dbias, arguments[1] is not None)
+            testing.check_op(_bwd, (q, k, v, *arguments, *numbers, *given))
 
 
 def test_compiles_and_exports():
@@ -269,7 +274,7 @@ def test_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         o = attention(q, k, v)
         assert o.dtype == torch.bfloat16 and torch.ops.mlcore.attention_fwd(
-            q.detach(), k.detach(), v.detach(), None, None, [], "('and',)", 0.1, 0.0, 0.0, "cpu"
+            q.detach(), k.detach(), v.detach(), None, None, None, None, [], "('and',)", 0.1, 0.0, 0.0, "cpu"
         )[0].dtype == torch.bfloat16  # fmt: skip
     o.sum().backward()
     assert q.grad.dtype == torch.float32
@@ -320,7 +325,7 @@ def test_raw_binding_checks_before_it_writes():
     tiles = (None, None, None, None, 1, 1)
 
     def call(*tensors, tiles=tiles, softcap=0.0):
-        _C.attention_fwd(*tensors, None, -1, -1, 0, *tiles, 0.1, softcap, 0.0, 0, o, lse)
+        _C.attention_fwd(*tensors, None, None, None, -1, -1, 0, *tiles, 0.1, softcap, 0.0, 0, o, lse)
 
     lists = [torch.tensor([0, 1, 1]), torch.tensor([0], dtype=torch.int32), torch.tensor([-1], dtype=torch.int32)]
     bits = torch.empty(0, 64, dtype=torch.int64)

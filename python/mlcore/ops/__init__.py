@@ -1,5 +1,6 @@
 """The operators as functions. Each file registers one op: schema, fake, launcher, autograd.Function, public function."""
 
+from ._attention_positions import alibi_slopes, merge_attention, t5_relative
 from .attention import attention, scaled_dot_product_attention
 from .causal_conv1d import causal_conv1d, causal_conv1d_update
 from .depthwise_conv import depthwise_conv1d, depthwise_conv2d, depthwise_conv3d
@@ -8,6 +9,7 @@ from .linear_attention import linear_attention, linear_attention_step
 from .rms_norm import rms_norm
 
 __all__ = [
+    "alibi_slopes",
     "attention",
     "causal_conv1d",
     "causal_conv1d_update",
@@ -17,6 +19,8 @@ __all__ = [
     "layer_norm",
     "linear_attention",
     "linear_attention_step",
+    "merge_attention",
     "rms_norm",
     "scaled_dot_product_attention",
+    "t5_relative",
 ]

@@ -31,17 +31,17 @@ def _new_lse(q):
     return torch.empty((2, B, H, Tq), dtype=torch.float32, device=q.device)
 
 
-def fwd_launch(q, k, v, bias, seed, tensors, spec, scale, softcap, dropout_p, impl):
+def fwd_launch(q, k, v, bias, relative, sinks, seed, tensors, spec, scale, softcap, dropout_p, impl):
     q, k, v = _inner_contiguous(q), _inner_contiguous(k), _inner_contiguous(v)
     o = _new_output(q, v)
     lse = _new_lse(q)
     fwd = kernel(_OP, "fwd", impl)
     number = int(seed) if seed is not None else 0
-    fwd(q, k, v, bias, *_schedule(q, k, tensors, spec), scale, softcap, dropout_p, number, o, lse)
+    fwd(q, k, v, bias, relative, sinks, *_schedule(q, k, tensors, spec), scale, softcap, dropout_p, number, o, lse)
     return o, lse
 
 
-def fwd_fake(q, k, v, bias, seed, tensors, spec, scale, softcap, dropout_p, impl):
+def fwd_fake(q, k, v, bias, relative, sinks, seed, tensors, spec, scale, softcap, dropout_p, impl):
     return _new_output(q, v), _new_lse(q)
 
 
@@ -58,20 +58,50 @@ def _new_gradients(q, k, v, bias, need_dbias):
     return *grads, dbias
 
 
-def bwd_launch(q, k, v, bias, seed, tensors, spec, scale, softcap, dropout_p, impl, o, lse, d_o, d_lse, need_dbias):
+def bwd_launch(
+    q,
+    k,
+    v,
+    bias,
+    relative,
+    sinks,
+    seed,
+    tensors,
+    spec,
+    scale,
+    softcap,
+    dropout_p,
+    impl,
+    o,
+    lse,
+    d_o,
+    d_lse,
+    need_dbias,
+    need_drelative,
+):
     per_key = need_dbias and bias.shape[3] == k.shape[2]
     dq, dk, dv, dbias = _new_gradients(q, k, v, bias, per_key)
     q, k, v = _inner_contiguous(q), _inner_contiguous(k), _inner_contiguous(v)
     d_lse = None if d_lse is None else d_lse.contiguous()
     bwd = kernel(_OP, "bwd", impl)
+    drelative = _new_drelative(q, k, need_drelative)
     number = int(seed) if seed is not None else 0
     bwd(
-        q, k, v, bias, *_schedule(q, k, tensors, spec), scale, softcap, dropout_p, number,
+        q, k, v, bias, relative, sinks, *_schedule(q, k, tensors, spec), scale, softcap, dropout_p, number,
         o, lse, _inner_contiguous(d_o), d_lse, dq, dk, dv, dbias if per_key else None,
+        drelative if need_drelative else None,
     )  # fmt: skip
     if need_dbias:
         dbias = _reduced_dbias(dbias, bias, lse, d_lse, per_key)
-    return dq, dk, dv, dbias
+    if need_drelative:
+        drelative = drelative.sum_to_size(relative.shape).contiguous()
+    return dq, dk, dv, dbias, drelative
+
+
+def _new_drelative(q, k, wanted):
+    """A head of a sequence sums for itself."""
+    length = max(q.shape[2] + k.shape[2] - 1, 0)
+    return q.new_zeros(q.shape[0], q.shape[1], length, dtype=torch.float32) if wanted else q.new_empty(0, dtype=torch.float32)
 
 
 def _reduced_dbias(dbias, bias, lse, d_lse, per_key):
@@ -84,7 +114,30 @@ def _reduced_dbias(dbias, bias, lse, d_lse, per_key):
     return d_lse.sum_to_size(bias.shape).to(bias.dtype).contiguous()
 
 
-def bwd_fake(q, k, v, bias, seed, tensors, spec, scale, softcap, dropout_p, impl, o, lse, d_o, d_lse, need_dbias):
+def bwd_fake(
+    q,
+    k,
+    v,
+    bias,
+    relative,
+    sinks,
+    seed,
+    tensors,
+    spec,
+    scale,
+    softcap,
+    dropout_p,
+    impl,
+    o,
+    lse,
+    d_o,
+    d_lse,
+    need_dbias,
+    need_drelative,
+):
     dq, dk, dv, _ = _new_gradients(q, k, v, bias, False)
     dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if need_dbias else q.new_empty(0)
-    return dq, dk, dv, dbias
+    drelative = (
+        torch.empty_like(relative, memory_format=torch.contiguous_format) if need_drelative else _new_drelative(q, k, False)
+    )
+    return dq, dk, dv, dbias, drelative

@@ -16,7 +16,10 @@ _MAX_HEAD_DIM = 256  # of the kernels; the reference takes any
 
 # spec and tensors are a pattern (mlcore.patterns): the launcher lowers them for the lengths that it meets, so a compiled graph
 # serves all of them. bias is 4-D, its dimensions those of the scores or 1. seed: one int64, read only with dropout.
-_ARGS = "Tensor? bias, Tensor? seed, Tensor[] tensors, str spec, float scale, float softcap, float dropout_p, str impl"
+_ARGS = (
+    "Tensor? bias, Tensor? relative, Tensor? sinks, Tensor? seed, Tensor[] tensors, str spec, "
+    "float scale, float softcap, float dropout_p, str impl"
+)
 _EVERYTHING, _CAUSAL, _TOP_LEFT = "('and',)", "('band', -1, 0, 1)", "('band', -1, 0, 0)"
 _fwd = register(
     f"attention_fwd(Tensor q, Tensor k, Tensor v, {_ARGS}) -> (Tensor o, Tensor lse)",
@@ -25,8 +28,8 @@ _fwd = register(
     lower_precision=True,
 )
 _bwd = register(
-    f"attention_bwd(Tensor q, Tensor k, Tensor v, {_ARGS}, Tensor o, Tensor lse, Tensor d_o, Tensor? d_lse, bool need_dbias)"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    f"attention_bwd(Tensor q, Tensor k, Tensor v, {_ARGS}, Tensor o, Tensor lse, Tensor d_o, Tensor? d_lse, bool need_dbias, "
+    "bool need_drelative) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor drelative)",
     launch=bwd_launch,
     fake=bwd_fake,
 )
@@ -34,41 +37,54 @@ _bwd = register(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, bias, seed, spec, scale, softcap, dropout_p, impl, *tensors):
-        fwd = fwd_launch if direct(q, k, v, bias, *tensors) else _fwd
+    def forward(ctx, q, k, v, bias, relative, sinks, seed, spec, scale, softcap, dropout_p, impl, *tensors):
+        fwd = fwd_launch if direct(q, k, v, bias, relative, sinks, *tensors) else _fwd
         ctx.numbers = (scale, softcap, dropout_p, impl)
         ctx.spec = spec
-        o, lse = fwd(q, k, v, bias, seed, tensors, spec, *ctx.numbers)
+        o, lse = fwd(q, k, v, bias, relative, sinks, seed, tensors, spec, *ctx.numbers)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, bias, seed, o, lse, *tensors)
+        ctx.save_for_backward(q, k, v, bias, relative, sinks, seed, o, lse, *tensors)
         return o, lse
 
     @staticmethod
     def backward(ctx, d_o, d_lse):
         d_lse = None if d_lse is None else d_lse[0]
-        q, k, v, bias, seed, o, lse, *tensors = ctx.saved_tensors
-        need_dbias = bias is not None and ctx.needs_input_grad[3]
-        others = (None,) * (len(ctx.needs_input_grad) - 4)
+        q, k, v, bias, relative, sinks, seed, o, lse, *tensors = ctx.saved_tensors
+        need_dbias, need_drelative, need_dsinks = ctx.needs_input_grad[3:6]
+        others = (None,) * (len(ctx.needs_input_grad) - 6)
         if create_graph():
             return *_differentiable_gradients(ctx, d_o, d_lse), *others
         if d_o is None:
             d_o = torch.zeros_like(o)
-        bwd = bwd_launch if direct(q, k, v, bias, d_o, d_lse, *tensors) else _bwd
-        dq, dk, dv, dbias = bwd(q, k, v, bias, seed, tensors, ctx.spec, *ctx.numbers, o, lse, d_o, d_lse, need_dbias)
-        wanted = [g if need else None for g, need in zip((dq, dk, dv), ctx.needs_input_grad)]
-        return *wanted, dbias if need_dbias else None, *others
+        bwd = bwd_launch if direct(q, k, v, bias, relative, sinks, d_o, d_lse, *tensors) else _bwd
+        dq, dk, dv, dbias, drelative = bwd(
+            q, k, v, bias, relative, sinks, seed, tensors, ctx.spec, *ctx.numbers,
+            o, lse, d_o, d_lse, need_dbias, need_drelative,
+        )  # fmt: skip
+        wanted = [g if need else None for g, need in zip((dq, dk, dv, dbias, drelative), ctx.needs_input_grad)]
+        return *wanted, _sinks_gradient(sinks, o, lse, d_o, d_lse) if need_dsinks else None, *others
+
+
+def _sinks_gradient(sinks, o, lse, d_o, d_lse):
+    """A sink is a score whose value is 0: its gradient is p * (0 - delta)."""
+    delta = (o.float() * d_o.float()).sum(-1)
+    if d_lse is not None:
+        delta = delta - d_lse
+    p = torch.exp(sinks[:, None] - lse[0]) * lse[1]
+    return -(p * delta).sum((0, 2))
 
 
 def _differentiable_gradients(ctx, d_o, d_lse):
-    """(dq, dk, dv, dbias) with a graph, for create_graph=True: the reference's, which differentiates without end."""
-    q, k, v, bias, seed, _, _, *tensors = ctx.saved_tensors
+    """(dq, dk, dv, dbias, drelative, dsinks) with a graph, for create_graph=True: the reference's, which differentiates on."""
+    q, k, v, bias, relative, sinks, seed, _, _, *tensors = ctx.saved_tensors
     with torch.enable_grad():
-        outputs = _reference(q, k, v, bias, seed, tensors, ctx.spec, *ctx.numbers[:-1])
-        wanted = [(i, t) for i, t in enumerate((q, k, v, bias)) if t is not None and ctx.needs_input_grad[i]]
+        outputs = _reference(q, k, v, bias, relative, sinks, seed, tensors, ctx.spec, *ctx.numbers[:-1])
+        inputs = enumerate((q, k, v, bias, relative, sinks))
+        wanted = [(i, t) for i, t in inputs if t is not None and ctx.needs_input_grad[i]]
         pairs = [(out, d) for out, d in zip(outputs, (d_o, d_lse)) if d is not None]
         found = torch.autograd.grad([p[0] for p in pairs], [t for _, t in wanted], [p[1] for p in pairs], create_graph=True)
     grads = dict(zip((i for i, _ in wanted), found))
-    return tuple(grads.get(i) for i in range(4))
+    return tuple(grads.get(i) for i in range(6))
 
 
 def attention(
@@ -80,6 +96,9 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     bias: torch.Tensor | None = None,
+    relative: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
     dropout_p: float = 0.0,
@@ -100,6 +119,13 @@ def attention(
         causal: the same as ``& Causal()``: query i sees keys up to i + Tk - Tq, the last one all of them.
         scale: of q k^T; None is 1 / sqrt(D).
         bias: added to the scaled scores, floating, broadcastable to (B, H, Tq, Tk); differentiable.
+        relative: added to the scores by distance alone, without a T x T matrix: (B|1, H|1, Tq + Tk - 1) or (H|1, Tq + Tk - 1),
+            floating and finite; query i and key j take element j - i + Tq - 1. Differentiable, so a table of buckets is
+            (see mlcore.ops.t5_relative). In float32 whatever q is.
+        alibi_slopes: (H,) or (B, H): -slope * |i + Tk - Tq - j| is added, as flash-attn does (Press et al. 2022, "Train Short,
+            Test Long"); differentiable.
+        sinks: (H,): one more score a head, of no key and without a value, that a query may spend its weight on (Xiao et al.
+            2024; gpt-oss); lse includes it. Differentiable.
         softcap: scores become softcap * tanh(score / softcap) before the bias (Gemma 2).
         return_lse: also return the log of the softmax's denominator.
         dropout_p: probability that a weight is dropped; the mask is a function of a seed from torch's generator.
@@ -112,7 +138,48 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or values break the rules above, or impl can't serve the call.
     """
-    return _attention(q, k, v, pattern, bias, _CAUSAL if causal else None, scale, softcap, dropout_p, return_lse, impl)
+    if relative is not None or alibi_slopes is not None or sinks is not None:
+        _check_qkv(q, k, v)
+        relative, sinks = _distances(q, k, relative, alibi_slopes), _checked_sinks(q, sinks)
+    spec = _CAUSAL if causal else None
+    return _attention(q, k, v, pattern, bias, spec, scale, softcap, dropout_p, return_lse, impl, relative, sinks)
+
+
+def _distances(q, k, relative, slopes):
+    """relative and ALiBi as one (B|1, H|1, Tq + Tk - 1) tensor, float32 (float64 for the reference), or None."""
+    B, H, Tq, Tk = *q.shape[:3], k.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if relative is not None:
+        want = (B, H, Tq + Tk - 1)
+        got = (1,) * (3 - relative.dim()) + tuple(relative.shape)
+        if relative.dim() not in (2, 3) or got[2] != want[2] or any(n not in (1, w) for n, w in zip(got, want)):
+            raise ValueError(
+                f"attention: relative must be (B|1, H|1, Tq + Tk - 1) of {want}; got shape {tuple(relative.shape)}"
+            )
+        if not relative.is_floating_point() or relative.device != q.device:
+            raise ValueError(f"attention: relative must be floating and on {q.device}; got {relative.dtype}, {relative.device}")
+        relative = relative.reshape(got).to(wide)
+    if slopes is None:
+        return relative
+    if tuple(slopes.shape) not in ((H,), (B, H)) or not slopes.is_floating_point() or slopes.device != q.device:
+        raise ValueError(
+            f"attention: alibi_slopes must be floating, (H,) or (B, H) = ({B}, {H}), on {q.device}; "
+            f"got {slopes.dtype}, shape {tuple(slopes.shape)}, {slopes.device}"
+        )
+    distance = (torch.arange(Tq + Tk - 1, device=q.device) - (Tk - 1)).abs().to(wide)
+    alibi = -slopes.to(wide).reshape(-1, H, 1) * distance
+    return alibi if relative is None else relative + alibi
+
+
+def _checked_sinks(q, sinks):
+    if sinks is None:
+        return None
+    if tuple(sinks.shape) != (q.shape[1],) or not sinks.is_floating_point() or sinks.device != q.device:
+        raise ValueError(
+            f"attention: sinks must be floating, (H,) = ({q.shape[1]},), on {q.device}; "
+            f"got {sinks.dtype}, shape {tuple(sinks.shape)}, {sinks.device}"
+        )
+    return sinks.to(torch.promote_types(q.dtype, torch.float32))
 
 
 def scaled_dot_product_attention(
@@ -188,7 +255,7 @@ def _four_dims(query, key, value, enable_gqa):
     return lead, flat(query, heads[0]), flat(key, heads[1]), flat(value, heads[2])
 
 
-def _attention(q, k, v, pattern, bias, spec, scale, softcap, dropout_p, return_lse, impl):
+def _attention(q, k, v, pattern, bias, spec, scale, softcap, dropout_p, return_lse, impl, relative=None, sinks=None):
     """Checks and completes the arguments. spec: of what must hold besides the pattern, or None."""
     _check_qkv(q, k, v)
     Tk, D = k.shape[2], q.shape[3]
@@ -217,7 +284,7 @@ def _attention(q, k, v, pattern, bias, spec, scale, softcap, dropout_p, return_l
         bias = bias if bias.dim() == 4 else bias[(None,) * (4 - bias.dim())]
         if not bias.is_floating_point():
             raise ValueError(f"attention: bias must be a floating-point tensor; got {bias.dtype}")
-    return _run(q, k, v, bias, tensors, spec, float(scale), softcap, float(dropout_p), return_lse, impl)
+    return _run(q, k, v, bias, relative, sinks, tensors, spec, float(scale), softcap, float(dropout_p), return_lse, impl)
 
 
 def _check_qkv(q, k, v) -> None:
@@ -271,9 +338,14 @@ def _check_broadcastable(name, t, q, Tk):
         raise ValueError(f"attention: {name} must be on {q.device} as q; got {t.device}")
 
 
-def _run(q, k, v, bias, tensors, spec, scale, softcap, dropout_p, return_lse, impl):
+def _run(q, k, v, bias, relative, sinks, tensors, spec, scale, softcap, dropout_p, return_lse, impl):
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = autocast(q.device.type, q, k, v)
+        if relative is not None or sinks is not None:  # these stay float32, which the op's own autocast rule would not let them
+            with torch.autocast(q.device.type, enabled=False):
+                return _run(
+                    q, k, v, bias, relative, sinks, tensors, spec, scale, softcap, dropout_p, return_lse, impl
+                )  # fmt: skip
     if transformed():
         if impl not in (None, "reference"):
             raise ValueError(
@@ -292,26 +364,40 @@ def _run(q, k, v, bias, tensors, spec, scale, softcap, dropout_p, return_lse, im
     if bias is not None and bias.dtype == torch.float64 and backend != "reference":
         bias = bias.float()
     if backend == "reference":
-        o, lse = _reference(q, k, v, bias, seed, tensors, spec, scale, softcap, dropout_p)
+        o, lse = _reference(q, k, v, bias, relative, sinks, seed, tensors, spec, scale, softcap, dropout_p)
         return (o, lse) if return_lse else o
     if bias is not None and bias.stride(3) not in (0, 1):
         bias = bias.contiguous()
     numbers = (scale, softcap or 0.0, dropout_p, backend)
-    if needs_grad(q, k, v, bias):
-        o, lse = _Attention.apply(q, k, v, bias, seed, spec, *numbers, *tensors)
-    elif direct(q, k, v, bias, *tensors):
-        o, lse = fwd_launch(q, k, v, bias, seed, tensors, spec, *numbers)
+    relative = None if relative is None else relative.float()
+    sinks = None if sinks is None else sinks.float().contiguous()
+    if relative is not None and relative.stride(-1) != 1:
+        relative = relative.contiguous()
+    if needs_grad(q, k, v, bias, relative, sinks):
+        o, lse = _Attention.apply(q, k, v, bias, relative, sinks, seed, spec, *numbers, *tensors)
+    elif direct(q, k, v, bias, relative, sinks, *tensors):
+        o, lse = fwd_launch(q, k, v, bias, relative, sinks, seed, tensors, spec, *numbers)
     else:
-        o, lse = _fwd(q, k, v, bias, seed, tensors, spec, *numbers)
+        o, lse = _fwd(q, k, v, bias, relative, sinks, seed, tensors, spec, *numbers)
     return (o, lse[0]) if return_lse else o
 
 
-def _reference(q, k, v, bias, seed, tensors, spec, scale, softcap, dropout_p):
+def _reference(q, k, v, bias, relative, sinks, seed, tensors, spec, scale, softcap, dropout_p):
     from ..kernels.attention import attention_ref
 
     mask = None if spec == _EVERYTHING else dense(spec, tensors, q.shape[2], k.shape[2], q.device)
     number = int(seed) if seed is not None else 0
     o, lse = attention_ref.attention(
-        q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap or None, dropout_p=dropout_p, seed=number
+        q,
+        k,
+        v,
+        mask=mask,
+        bias=bias,
+        relative=relative,
+        sinks=sinks,
+        scale=scale,
+        softcap=softcap or None,
+        dropout_p=dropout_p,
+        seed=number,
     )
     return o.to(q.dtype), lse
