@@ -61,6 +61,11 @@ bool compact(const DLTensor& t) {
   return true;
 }
 
+bool compact_rows(const DLTensor& t) {
+  return t.ndim > 0 && (t.strides == nullptr || t.shape[t.ndim - 1] == 1 || t.strides[t.ndim - 1] == 1);
+}
+
+template <bool (*kTaken)(const DLTensor&)>
 Answer ask(PyObject* const* args, Py_ssize_t count) {
   static const Torch* const torch = new Torch;  // imports nothing that isn't imported already
   if (!unwatched(*torch)) return kGeneral;
@@ -76,14 +81,15 @@ Answer ask(PyObject* const* args, Py_ssize_t count) {
     const DLTensor& t = *arg.get();
     const bool half = t.dtype.bits == 16 && (t.dtype.code == kDLFloat || t.dtype.code == kDLBfloat);
     const bool single = t.dtype.bits == 32 && t.dtype.code == kDLFloat;
-    if (t.device.device_type != kDLCPU || !(half || single) || !compact(t)) return kGeneral;
+    if (t.device.device_type != kDLCPU || !(half || single) || !kTaken(t)) return kGeneral;
   }
   return grad && is(PyObject_CallNoArgs(torch->grad_mode), Py_True) ? kLeanWithGrad : kLean;
 }
 
+template <bool (*kTaken)(const DLTensor&)>
 PyObject* watch(PyObject*, PyObject* const* args, Py_ssize_t count) {
   try {
-    return PyLong_FromLong(ask(args, count));
+    return PyLong_FromLong(ask<kTaken>(args, count));
   } catch (py::error_already_set&) {  // a tensor that can't be read (meta, sparse): the general way says so in its own words
     return PyLong_FromLong(kGeneral);
   } catch (py::builtin_exception&) {
@@ -91,12 +97,22 @@ PyObject* watch(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
 }
 
-PyMethodDef definition = {"watch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(watch)), METH_FASTCALL,
-                          "watch(*tensors) -> int\n\n0: take the general way; 1: straight to the CPU kernel; 2: the same under "
-                          "autograd. Not under torch.compile."};
+template <bool (*kTaken)(const DLTensor&)>
+PyMethodDef define(const char* name, const char* doc) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(watch<kTaken>)), METH_FASTCALL, doc};
+}
+
+PyMethodDef definitions[] = {
+    define<compact>("watch",
+                    "watch(*tensors) -> int\n\n0: take the general way; 1: straight to the CPU kernel; 2: the same under "
+                    "autograd. Not under torch.compile."),
+    define<compact_rows>("watch_rows", "watch(*tensors) for kernels that ask for a contiguous last dimension only."),
+};
 
 }  // namespace
 
-void bind_watch(py::module_& m) { m.add_object("watch", py::reinterpret_steal<py::object>(PyCFunction_New(&definition, nullptr))); }
+void bind_watch(py::module_& m) {
+  for (PyMethodDef& f : definitions) m.add_object(f.ml_name, py::reinterpret_steal<py::object>(PyCFunction_New(&f, nullptr)));
+}
 
 }  // namespace mlcore::python

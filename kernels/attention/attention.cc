@@ -147,9 +147,9 @@ void fwd(const Args& a, const DLTensor* o_, const DLTensor* lse_) {
   const std::vector<float> relative = set_relative(a, p);
   const Tensor o(o_, kOp, "o"), lse(lse_, kOp, "lse");
   o.on(kDLCPU).dtype_in({p.dtype}).shape_is({p.B, p.H, p.Tq, p.Dv}, "(B, H, Tq, Dv)");
-  set_lse(p, lse);
+  if (lse.present()) set_lse(p, lse);
   p.o = operand(o);
-  if (o.numel() == 0 && lse.numel() == 0) return;
+  if (o.numel() == 0 && (!lse.present() || lse.numel() == 0)) return;
 
   const AttentionKernels& kernels = attention_kernels_now();
   const Schedule& s = p.schedule;

@@ -108,10 +108,12 @@ void store_output(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, i
     }
     const bool empty = l == 0.0f;
     const float inverse = empty ? 0.0f : o_scale / l;
-    const float lse = empty ? -INFINITY : (m + log2f(l)) * kLn2;
-    const int64_t row = (b * p.H + h) * p.Tq + t;
-    p.lse[row] = lse;
-    p.lse_factor[row] = empty ? 1.0f : exp2f(lse * kLog2e - m) / l;
+    if (p.lse) {
+      const float lse = empty ? -INFINITY : (m + log2f(l)) * kLn2;
+      const int64_t row = (b * p.H + h) * p.Tq + t;
+      p.lse[row] = lse;
+      p.lse_factor[row] = empty ? 1.0f : exp2f(lse * kLog2e - m) / l;
+    }
     T* out = const_cast<T*>(row_of<T>(p.o, b, h, t));
     for_row(p.Dv, [&](int64_t c, int n) {
       store_some(out + c, inverse == 0.0f ? Vec::zero() : Vec::load(w.o + i * ld + c) * Vec::set1(inverse), n);

@@ -16,7 +16,7 @@ struct AttentionProblem {
   int64_t B, H, Hkv, Tq, Tk, D, Dv;
   Dtype dtype;
   Operand q, k, v, o;
-  float *lse, *lse_factor;  // (B, H, Tq) each: exp(s - lse) * lse_factor is p to full precision
+  float *lse, *lse_factor;  // null: not wanted; (B, H, Tq) each: exp(s - lse) * lse_factor is p to full precision
   float scale, softcap;     // softcap 0: none
   uint32_t drop_below;      // a hash below this drops the element; 0: no dropout
   bool drop_all;            // dropout_p = 1

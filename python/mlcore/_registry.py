@@ -23,7 +23,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
 _grad_enabled = torch.is_grad_enabled
 _compiling = torch.compiler.is_compiling
-_watch = _C.watch
+_watch, _watch_rows = _C.watch, _C.watch_rows
 
 
 def register(
@@ -98,6 +98,11 @@ def lean(*tensors: torch.Tensor | None) -> int:
     0: the general way; 1: straight to the kernel; 2: the same, and autograd must record the call.
     """
     return 0 if _compiling() else _watch(*tensors)
+
+
+def lean_rows(*tensors: torch.Tensor | None) -> int:
+    """lean() for kernels that ask for a contiguous last dimension only."""
+    return 0 if _compiling() else _watch_rows(*tensors)
 
 
 def direct_apply(function: type[torch.autograd.Function]) -> Callable:

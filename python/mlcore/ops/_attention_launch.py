@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from .. import _C
 from .._registry import kernel
 from ._attention_schedule import schedule
 
 _OP = "attention"
+_cpu_fwd, _cpu_bwd = _C.launch.attention_fwd, _C.launch.attention_bwd
 
 
 def _schedule(q, k, tensors, spec):
@@ -25,7 +27,7 @@ def _new_output(q, v):
     return torch.empty_strided((B, H, Tq, Dv), (Tq * H * Dv, Dv, H * Dv, 1), dtype=q.dtype, device=q.device)
 
 
-def _new_lse(q):
+def new_lse(q):
     """(2, B, H, Tq): the log-sum-exp, and the factor that its rounding lost (attention.h)."""
     B, H, Tq, _ = q.shape
     return torch.empty((2, B, H, Tq), dtype=torch.float32, device=q.device)
@@ -34,15 +36,34 @@ def _new_lse(q):
 def fwd_launch(q, k, v, bias, relative, sinks, seed, tensors, spec, scale, softcap, dropout_p, impl):
     q, k, v = _inner_contiguous(q), _inner_contiguous(k), _inner_contiguous(v)
     o = _new_output(q, v)
-    lse = _new_lse(q)
+    lse = new_lse(q)
     fwd = kernel(_OP, "fwd", impl)
     number = int(seed) if seed is not None else 0
     fwd(q, k, v, bias, relative, sinks, *_schedule(q, k, tensors, spec), scale, softcap, dropout_p, number, o, lse)
     return o, lse
 
 
+# The arguments of a call with nothing but a band, from no bias to no seed.
+def _band(right, offset, scale):
+    return None, None, None, -1, right, offset, None, None, None, None, 1, 1, scale, 0.0, 0.0, 0
+
+
+def lean_fwd(q, k, v, right, offset, scale, lse=None):
+    """o of a call with nothing but a band, on the CPU."""
+    o = _new_output(q, v)
+    _cpu_fwd(q, k, v, *_band(right, offset, scale), o, lse)
+    return o
+
+
+def lean_bwd(q, k, v, right, offset, scale, o, lse, d_o):
+    """dq, dk, dv of lean_fwd's call."""
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    _cpu_bwd(q, k, v, *_band(right, offset, scale), o, lse, d_o, None, dq, dk, dv, None, None)
+    return dq, dk, dv
+
+
 def fwd_fake(q, k, v, bias, relative, sinks, seed, tensors, spec, scale, softcap, dropout_p, impl):
-    return _new_output(q, v), _new_lse(q)
+    return _new_output(q, v), new_lse(q)
 
 
 def _new_gradients(q, k, v, bias, need_dbias):

@@ -7,9 +7,9 @@ import math
 import torch
 
 from .._backend import choose
-from .._registry import autocast, create_graph, direct, needs_grad, register, transformed
+from .._registry import autocast, create_graph, direct, direct_apply, lean_rows, needs_grad, register, transformed
 from ..patterns import Pattern, dense
-from ._attention_launch import bwd_fake, bwd_launch, fwd_fake, fwd_launch
+from ._attention_launch import bwd_fake, bwd_launch, fwd_fake, fwd_launch, lean_bwd, lean_fwd, new_lse
 
 _OP = "attention"
 _MAX_HEAD_DIM = 256  # of the kernels; the reference takes any
@@ -63,6 +63,36 @@ class _Attention(torch.autograd.Function):
         )  # fmt: skip
         wanted = [g if need else None for g, need in zip((dq, dk, dv, dbias, drelative), ctx.needs_input_grad)]
         return *wanted, _sinks_gradient(sinks, o, lse, d_o, d_lse) if need_dsinks else None, *others
+
+
+class _LeanAttention(torch.autograd.Function):
+    """_Attention for what _lean() lets through: a band and nothing else, on the CPU."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, right, offset, scale, spec):
+        lse = new_lse(q)
+        o = lean_fwd(q, k, v, right, offset, scale, lse)
+        ctx.band, ctx.spec, ctx.numbers = (right, offset, scale), spec, (scale, 0.0, 0.0, "cpu")
+        ctx.save_for_backward(q, k, v, o, lse)
+        return o
+
+    @staticmethod
+    def backward(ctx, d_o):
+        q, k, v, o, lse = ctx.saved_tensors
+        if create_graph():
+            with torch.enable_grad():
+                want, _ = _reference(q, k, v, None, None, None, None, (), ctx.spec, *ctx.numbers[:-1])
+                leaves = [t for t, need in zip((q, k, v), ctx.needs_input_grad) if need]
+                found = iter(torch.autograd.grad(want, leaves, d_o, create_graph=True))
+            return *(next(found) if need else None for need in ctx.needs_input_grad[:3]), None, None, None, None
+        if lean_rows(q, k, v, d_o):
+            grads = lean_bwd(q, k, v, *ctx.band, o, lse, d_o)
+        else:
+            grads = _bwd(q, k, v, None, None, None, None, (), ctx.spec, *ctx.numbers, o, lse, d_o, None, False, False)
+        return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3])), None, None, None, None
+
+
+_lean_apply = direct_apply(_LeanAttention)
 
 
 def _sinks_gradient(sinks, o, lse, d_o, d_lse):
@@ -138,11 +168,35 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or values break the rules above, or impl can't serve the call.
     """
+    plain = pattern is bias is relative is alibi_slopes is sinks is softcap is impl is None
+    if plain and not return_lse and dropout_p == 0.0 and (o := _lean(q, k, v, causal, True, scale)) is not None:
+        return o
     if relative is not None or alibi_slopes is not None or sinks is not None:
         _check_qkv(q, k, v)
         relative, sinks = _distances(q, k, relative, alibi_slopes), _checked_sinks(q, sinks)
     spec = _CAUSAL if causal else None
     return _attention(q, k, v, pattern, bias, spec, scale, softcap, dropout_p, return_lse, impl, relative, sinks)
+
+
+def _lean(q, k, v, causal, bottom_right, scale):
+    """o of a call that nothing but autograd watches and that asks for nothing but a causal band, with as few questions as
+    possible, or None: the general way takes it, or says what is wrong."""
+    way = lean_rows(q, k, v)
+    if way == 0 or q.dim() != 4 or torch.is_autocast_enabled("cpu"):
+        return None
+    D = q.shape[3]
+    if scale is None:
+        scale = 1.0 / math.sqrt(D) if D else 1.0
+    elif type(scale) is not float:
+        return None
+    right = 0 if causal else -1
+    try:
+        offset = k.shape[2] - q.shape[2] if bottom_right else 0
+        if way == 1:
+            return lean_fwd(q, k, v, right, offset, scale)
+        return _lean_apply(q, k, v, right, offset, scale, (_CAUSAL if bottom_right else _TOP_LEFT) if causal else _EVERYTHING)
+    except (TypeError, ValueError, IndexError):
+        return None
 
 
 def _distances(q, k, relative, slopes):
@@ -208,6 +262,10 @@ def scaled_dot_product_attention(
     Raises:
         ValueError, RuntimeError: as torch's rules are broken.
     """
+    if attn_mask is None and dropout_p == 0.0 and (enable_gqa or query.shape[:-2] == key.shape[:-2]):
+        o = _lean(query, key, value, is_causal, False, scale)
+        if o is not None:
+            return o
     if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
         raise ValueError(
             "scaled_dot_product_attention: query, key and value must have at least 2 dimensions; got "
