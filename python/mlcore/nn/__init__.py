@@ -2,14 +2,28 @@
 
 from .layer_norm import LayerNorm
 from .multihead_attention import MultiheadAttention
+from .pattern_attention import (
+    CrossAttention,
+    GlobalLocalAttention,
+    GraphAttention,
+    LocalAttention,
+    PatternAttention,
+    StridedAttention,
+)
 from .rms_norm import RMSNorm
 from .transformer import Transformer, TransformerDecoder, TransformerEncoder
 from .transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
+    "CrossAttention",
+    "GlobalLocalAttention",
+    "GraphAttention",
     "LayerNorm",
+    "LocalAttention",
     "MultiheadAttention",
+    "PatternAttention",
     "RMSNorm",
+    "StridedAttention",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
