@@ -60,7 +60,8 @@ void softmax_tile(const TileExtras& x, const TileRanges& ranges, int nq_padded, 
     int j = from;
     for (; j + 4 <= to; j += 4)
       for (int x = 0; x < 4; ++x) sums[x] = sums[x] + weight(j + x);
-    for (; j < to; ++j) sums[0] = sums[0] + weight(j);
+    for (int x = 0; x < 3; ++x)  // a key's chain is its position's: sums don't depend on how many keys follow
+      if (j + x < to) sums[x] = sums[x] + weight(j + x);
     const Vec total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     m.store(w.m + i);
     (first ? total : fma(Vec::load(w.l + i), alpha, total)).store(w.l + i);

@@ -4,19 +4,33 @@ from .causal_conv1d import CausalConv1d
 from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d, DepthwiseSeparableConv2d
 from .layer_norm import LayerNorm
 from .multihead_attention import MultiheadAttention
+from .pattern_attention import (
+    CrossAttention,
+    GlobalLocalAttention,
+    GraphAttention,
+    LocalAttention,
+    PatternAttention,
+    StridedAttention,
+)
 from .rms_norm import RMSNorm
 from .transformer import Transformer, TransformerDecoder, TransformerEncoder
 from .transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "CausalConv1d",
+    "CrossAttention",
     "DepthwiseConv1d",
     "DepthwiseConv2d",
     "DepthwiseConv3d",
     "DepthwiseSeparableConv2d",
+    "GlobalLocalAttention",
+    "GraphAttention",
     "LayerNorm",
+    "LocalAttention",
     "MultiheadAttention",
+    "PatternAttention",
     "RMSNorm",
+    "StridedAttention",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",

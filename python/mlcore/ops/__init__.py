@@ -1,5 +1,6 @@
 """The operators as functions. Each file registers one op: schema, fake, launcher, autograd.Function, public function."""
 
+from ._attention_decode import attention_with_kvcache, rotate
 from ._attention_positions import alibi_slopes, merge_attention, t5_relative
 from .attention import attention, scaled_dot_product_attention
 from .causal_conv1d import causal_conv1d, causal_conv1d_update
@@ -11,6 +12,7 @@ from .rms_norm import rms_norm
 __all__ = [
     "alibi_slopes",
     "attention",
+    "attention_with_kvcache",
     "causal_conv1d",
     "causal_conv1d_update",
     "depthwise_conv1d",
@@ -21,6 +23,7 @@ __all__ = [
     "linear_attention_step",
     "merge_attention",
     "rms_norm",
+    "rotate",
     "scaled_dot_product_attention",
     "t5_relative",
 ]

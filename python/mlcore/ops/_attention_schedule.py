@@ -5,6 +5,7 @@ The lowering itself is native (kernels/attention/attention_pattern.cc); here its
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections import OrderedDict
@@ -86,7 +87,8 @@ def schedule(spec: str, tensors, B: int, H: int, Tq: int, Tk: int) -> Schedule:
     versions = [t._version for t in tensors]
     found = _cache.get(key)
     if found is not None and found[0] == versions and all(r() is t for r, t in zip(found[1], tensors)):
-        _cache.move_to_end(key)
+        with contextlib.suppress(KeyError):  # another thread may just have dropped it
+            _cache.move_to_end(key)
         return found[2]
     made = _lower(bands, rest, tensors, B, H, Tq, Tk)
     _cache[key] = versions, [weakref.ref(t, lambda _: _cache.pop(key, None)) for t in tensors], made
