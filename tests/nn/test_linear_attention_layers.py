@@ -129,7 +129,7 @@ def test_what_needs_pairs_is_refused():
 
 def test_random_features_estimate_softmax_attention():
     """The error falls as the features grow, to a few per cent at 4096."""
-    q, k, v = (0.7 * torch.randn(1, 2, 50, 8) for _ in range(3))
+    q, k, v = (0.4 * torch.randn(1, 2, 50, 8) for _ in range(3))
     want = mlcore.ops.attention(q, k, v, causal=True)
     errors = []
     for features in (64, 4096):
