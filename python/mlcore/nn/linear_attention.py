@@ -256,7 +256,10 @@ class RandomFeatures(torch.nn.Module):
     def redraw(self) -> None:
         """Draws new features."""
         D, m = self.head_dim, self.num_features
-        blocks = [torch.linalg.qr(torch.randn(D, D))[0].mT for _ in range(-(-m // D))]
+        blocks = []
+        for _ in range(-(-m // D)):
+            rotation, upper = torch.linalg.qr(torch.randn(D, D))
+            blocks.append((rotation * upper.diagonal().sign()).mT)  # else the directions aren't uniform: a lasting error
         lengths = torch.randn(m, D).norm(dim=1, keepdim=True)
         self.weight.copy_(torch.cat(blocks)[:m] * lengths)
 
