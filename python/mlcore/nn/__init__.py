@@ -3,6 +3,7 @@
 from .causal_conv1d import CausalConv1d
 from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d, DepthwiseSeparableConv2d
 from .layer_norm import LayerNorm
+from .linear_attention import DeltaNet, GatedLinearAttention, LinearAttention, RandomFeatures, RetentionLayer
 from .multihead_attention import MultiheadAttention
 from .pattern_attention import (
     CrossAttention,
@@ -19,17 +20,22 @@ from .transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 __all__ = [
     "CausalConv1d",
     "CrossAttention",
+    "DeltaNet",
     "DepthwiseConv1d",
     "DepthwiseConv2d",
     "DepthwiseConv3d",
     "DepthwiseSeparableConv2d",
+    "GatedLinearAttention",
     "GlobalLocalAttention",
     "GraphAttention",
     "LayerNorm",
+    "LinearAttention",
     "LocalAttention",
     "MultiheadAttention",
     "PatternAttention",
     "RMSNorm",
+    "RandomFeatures",
+    "RetentionLayer",
     "StridedAttention",
     "Transformer",
     "TransformerDecoder",
