@@ -467,10 +467,72 @@ void sum_taps_flat(int64_t n, const float* d, const int64_t* offset, const float
   for (int t = 0; t < N; ++t) sums[t * stride] += sum(acc[t]);
 }
 
+// sums[weight] += sum over the block of dy times the inputs of each tap, for G groups of T taps: a line of dy meets the T input
+// lines of a group while it is in registers, an input line the T lines of dy.
+template <int G, int T>
+void sum_groups(int64_t lines, int64_t cols, int64_t gap, int64_t ld, const float* dy, const TapGroup* groups, const float* in,
+                float* sums, int64_t stride) {
+  Vec acc[G][T];
+#pragma GCC unroll 3
+  for (int g = 0; g < G; ++g)
+#pragma GCC unroll 3
+    for (int t = 0; t < T; ++t) acc[g][t] = Vec::zero();
+  for_row(cols, [&](int64_t c, int n) {
+    for (int64_t base = 0; base < min(gap, lines); ++base) {
+      const int64_t count = (lines - base + gap - 1) / gap;  // lines of dy; T - 1 more of the inputs
+      Vec window[T];                                         // dy of lines i, i - 1, ...
+#pragma GCC unroll 3
+      for (int t = 0; t < T; ++t) window[t] = Vec::zero();
+      for (int64_t i = 0; i < count + T - 1; ++i) {
+#pragma GCC unroll 3
+        for (int t = T - 1; t > 0; --t) window[t] = window[t - 1];
+        const int64_t at = (base + i * gap) * ld + c;
+        window[0] = i < count ? load_some(dy + at, n) : Vec::zero();
+#pragma GCC unroll 3
+        for (int g = 0; g < G; ++g) {
+          const Vec x = load_some(in + groups[g].first + at, n);
+#pragma GCC unroll 3
+          for (int t = 0; t < T; ++t) acc[g][t] = fma(window[t], x, acc[g][t]);
+        }
+      }
+    }
+  });
+  for (int g = 0; g < G; ++g)
+    for (int t = 0; t < T; ++t) sums[groups[g].weight[t] * stride] += sum(acc[g][t]);
+}
+
+// The same for all groups, which come sorted by their numbers of taps.
+void sum_lines(int64_t lines, int64_t cols, int64_t gap, int64_t ld, const float* dy, int64_t count, const TapGroup* groups,
+               const float* in, float* sums, int64_t stride) {
+  for (int64_t g = 0; g < count;) {
+    const TapGroup* at = groups + g;
+    const bool three = g + 3 <= count && at[2].count == at[0].count;
+    const auto run = [&](auto three_groups, auto one_group) {
+      three ? three_groups(lines, cols, gap, ld, dy, at, in, sums, stride)
+            : one_group(lines, cols, gap, ld, dy, at, in, sums, stride);
+    };
+    if (at->count == 3) run(sum_groups<3, 3>, sum_groups<1, 3>);
+    if (at->count == 2) run(sum_groups<3, 2>, sum_groups<1, 2>);
+    if (at->count == 1) run(sum_groups<3, 1>, sum_groups<1, 1>);
+    g += three ? 3 : 1;
+  }
+}
+
+void sort_groups(TapGroup* groups, int64_t count) {
+  for (int64_t i = 1; i < count; ++i)
+    for (int64_t j = i; j > 0 && groups[j - 1].count < groups[j].count; --j) {
+      const TapGroup swapped = groups[j];
+      groups[j] = groups[j - 1], groups[j - 1] = swapped;
+    }
+}
+
 template <class T>
 void dweight_plane(const DepthwiseConv& p, const Cut& cut, int64_t n, int64_t c, const PlaneScratch& s, float* partial) {
   const Index3 one{{1, 1, 1}};
   const int64_t Cm = p.channels_out();
+  const bool lines = by_lines(cut);
+  const int64_t groups = lines ? group_planes(p, cut, p.taps, s) : 0;
+  sort_groups(s.groups, groups);
   for_blocks(cut, [&](Index3 begin, Index3 end) {
     load_x(p, cut, plane_of<T>(p.x, n, c), begin, s.in);
     Index3 extent = cut.extent;
@@ -478,6 +540,14 @@ void dweight_plane(const DepthwiseConv& p, const Cut& cut, int64_t n, int64_t c,
     for (int64_t m = 0; m < p.M; ++m) {
       const int64_t co = c * p.M + m, flat = flat_size(cut, begin, end);
       load_block(plane_of<T>(p.dy, n, co), p.dy.s, end, begin, one, extent, s.dy);  // 0 between its lines
+      if (lines) {
+        const int64_t slice = cut.extent[1] * cut.extent[2];
+        for (int64_t d = 0; d < end[0] - begin[0]; ++d)
+          sum_lines(end[1] - begin[1], end[2] - begin[2], line_gap(p), cut.extent[2], s.dy + d * slice, groups, s.groups,
+                    s.in + d * slice, partial + co, Cm);
+        partial[p.taps * Cm + co] += sum_row(flat, [&](int64_t i, int k) { return load_some(s.dy + i, k); });
+        continue;
+      }
       int64_t t = 0;
       for (; t + 9 <= p.taps; t += 9) sum_taps_flat<9>(flat, s.dy, s.offset + t, s.in, partial + t * Cm + co, Cm);
       for (; t + 3 <= p.taps; t += 3) sum_taps_flat<3>(flat, s.dy, s.offset + t, s.in, partial + t * Cm + co, Cm);
