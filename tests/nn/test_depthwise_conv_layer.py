@@ -123,5 +123,5 @@ def test_accelerate_leaves_what_it_does_not_know():
     }
     single = torch.nn.Conv1d(4, 4, 3, groups=4)
     assert mlcore.accelerate(single).swapped == {"(model)": "mlcore.nn.DepthwiseConv1d"}
-    with pytest.raises(ValueError, match="accelerate: model must be a torch.nn.Module; got int"):
+    with pytest.raises(ValueError, match=r"accelerate: model must be a torch\.nn\.Module; got int"):
         mlcore.accelerate(3)
