@@ -85,7 +85,8 @@ PATTERNS = {
 
 
 def as_dense(s, Tq, Tk):
-    """The matrix that a schedule means, as attention.h defines it."""
+    """The matrix that a schedule means, as attention.h defines it. One thread: waiting for more costs more."""
+    torch.set_num_threads(1)
     i, j = torch.arange(Tq)[:, None], torch.arange(Tk)[None]
     seen = torch.ones(Tq, Tk, dtype=torch.bool)
     if s.left >= 0:
@@ -215,13 +216,13 @@ ALGEBRA = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(ALGEBRA, st.integers(150, 230), st.integers(150, 230))
 def test_algebra_is_lowered_to_what_it_means(pattern, Tq, Tk):
     assert_same(pattern, Tq, Tk)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.lists(ALGEBRA.filter(lambda p: "lengths" not in p.spec), min_size=3, max_size=3), st.integers(0, 2**32))
 def test_heads_and_masks_in_the_algebra(heads, seed):
     mask = torch.rand(2, 1, 160, 150, generator=torch.Generator().manual_seed(seed)) < 0.9
