@@ -99,8 +99,8 @@ class Tensor {
   }
   const Tensor& rank_at_least(int n) const {
     if (given().ndim < n)
-      fail(MLC_INVALID_ARGUMENT, op_, ": ", name_, " must have at least ", n, n == 1 ? " dimension" : " dimensions", "; got shape ",
-           shape_text());
+      fail(MLC_INVALID_ARGUMENT, op_, ": ", name_, " must have at least ", n, n == 1 ? " dimension" : " dimensions",
+           "; got shape ", shape_text());
     return *this;
   }
   const Tensor& rank_is(int n, const char* layout) const {

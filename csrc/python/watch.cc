@@ -11,7 +11,7 @@ enum Answer : long { kGeneral = 0, kLean = 1, kLeanWithGrad = 2 };
 struct Torch {
   PyObject *tensor, *parameter;                        // the plain types
   PyObject *modes, *transforms, *tracing, *grad_mode;  // functions without arguments
-  PyObject *forward_ad;                                // the dict of torch.autograd.forward_ad
+  PyObject* forward_ad;                                // the dict of torch.autograd.forward_ad
   PyObject *requires_grad, *is_neg, *current_level;    // names
 
   Torch() {

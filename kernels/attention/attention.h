@@ -22,7 +22,8 @@
 
 #include "mlcore/api.h"
 
-// lse may be NULL. softcap 0 is none. dropout_p in [0, 1]; keep is a function of seed, b, h, i and j alone (attention_dropout.h).
+// lse may be NULL. softcap 0 is none. dropout_p in [0, 1]; keep is a function of seed, b, h, i and j alone
+// (attention_dropout.h).
 MLC_API int mlc_attention_fwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias,
                               const DLTensor* relative, const DLTensor* sinks, int64_t left, int64_t right, int64_t offset,
                               const DLTensor* row_ptr, const DLTensor* cols, const DLTensor* ids, const DLTensor* bits,
