@@ -4,6 +4,7 @@ from .causal_conv1d import CausalConv1d
 from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d, DepthwiseSeparableConv2d
 from .layer_norm import LayerNorm
 from .linear_attention import DeltaNet, GatedLinearAttention, LinearAttention, RandomFeatures, RetentionLayer
+from .linformer_attention import LinformerAttention
 from .multihead_attention import MultiheadAttention
 from .pattern_attention import (
     CrossAttention,
@@ -14,6 +15,7 @@ from .pattern_attention import (
     StridedAttention,
 )
 from .rms_norm import RMSNorm
+from .synthesizer_attention import SynthesizerAttention
 from .transformer import Transformer, TransformerDecoder, TransformerEncoder
 from .transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
@@ -30,6 +32,7 @@ __all__ = [
     "GraphAttention",
     "LayerNorm",
     "LinearAttention",
+    "LinformerAttention",
     "LocalAttention",
     "MultiheadAttention",
     "PatternAttention",
@@ -37,6 +40,7 @@ __all__ = [
     "RandomFeatures",
     "RetentionLayer",
     "StridedAttention",
+    "SynthesizerAttention",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
