@@ -1,5 +1,6 @@
 """Modules over mlcore.ops, with the signatures and state dicts of torch.nn where one exists there."""
 
+from .alignment import AdditiveAttention, LocationAwareAttention, MonotonicAttention, guided_attention_loss
 from .causal_conv1d import CausalConv1d
 from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d, DepthwiseSeparableConv2d
 from .layer_norm import LayerNorm
@@ -20,6 +21,7 @@ from .transformer import Transformer, TransformerDecoder, TransformerEncoder
 from .transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
+    "AdditiveAttention",
     "CausalConv1d",
     "CrossAttention",
     "DeltaNet",
@@ -34,6 +36,8 @@ __all__ = [
     "LinearAttention",
     "LinformerAttention",
     "LocalAttention",
+    "LocationAwareAttention",
+    "MonotonicAttention",
     "MultiheadAttention",
     "PatternAttention",
     "RMSNorm",
@@ -46,4 +50,5 @@ __all__ = [
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "guided_attention_loss",
 ]
