@@ -63,7 +63,8 @@ def stock(problem):
     def run(x, weight, bias):
         wide = torch.promote_types(x.dtype, F32)
         given = None if bias is None else bias.to(wide)
-        return TORCH[len(kernel)](x.to(wide), weight.to(wide), given, *numbers, shape[1]).to(x.dtype)
+        # Contiguous: torch 2.13 with several filters a channel and channels_last now and then crashes the process.
+        return TORCH[len(kernel)](x.to(wide).contiguous(), weight.to(wide), given, *numbers, shape[1]).to(x.dtype)
 
     return run
 
