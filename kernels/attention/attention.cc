@@ -142,6 +142,39 @@ void set_lse(AttentionProblem& p, const Tensor& lse) {
   p.lse_factor = p.lse + p.B * p.H * p.Tq;
 }
 
+template <class T>
+void wait_until(const std::atomic<T>& counter, T value) {
+  for (int spins = 0; counter.load(std::memory_order_acquire) != value; ++spins)
+    if (spins > 64) std::this_thread::yield();
+}
+
+// For every pair pack(pair, slot, key tile), then serve(pair, slot, tile of its group's queries, thread). Pairs go in rounds:
+// the few panels of a round stay in the L2 caches, and two rounds have slots, so that who is done with one begins the next.
+// Items are claimed in rising order, so what an item waits for is always running or done.
+template <class Pack, class Serve>
+void in_rounds(const AttentionProblem& p, const FwdPlan& plan, Pack&& pack, Serve&& serve) {
+  const int64_t pairs = p.B * p.Hkv, k_tiles = p.schedule.k_tiles, q_tiles = p.group() * p.schedule.q_tiles;
+  const int64_t rounds = (pairs + plan.pairs_at_once - 1) / plan.pairs_at_once;
+  const auto pairs_in = [&](int64_t round) { return std::min(plan.pairs_at_once, pairs - round * plan.pairs_at_once); };
+  std::unique_ptr<std::atomic<int64_t>[]> packed(new std::atomic<int64_t>[rounds]), served(new std::atomic<int64_t>[rounds]);
+  for (int64_t r = 0; r < rounds; ++r) packed[r].store(0), served[r].store(0);
+  parallel_claim(pairs * (k_tiles + q_tiles), plan.threads, [&](int64_t item, int thread) {
+    const int64_t round = item / (plan.pairs_at_once * (k_tiles + q_tiles)), count = pairs_in(round);
+    const int64_t first = round * plan.pairs_at_once, slots = round % 2 * plan.pairs_at_once;
+    int64_t n = item - first * (k_tiles + q_tiles);
+    if (n < count * k_tiles) {
+      if (round >= 2) wait_until(served[round - 2], pairs_in(round - 2) * q_tiles);
+      pack(first + n / k_tiles, slots + n / k_tiles, n % k_tiles);
+      packed[round].fetch_add(1, std::memory_order_release);
+    } else {
+      n -= count * k_tiles;
+      wait_until(packed[round], count * k_tiles);
+      serve(first + n / q_tiles, slots + n / q_tiles, n % q_tiles, thread);
+      served[round].fetch_add(1, std::memory_order_release);
+    }
+  });
+}
+
 void fwd(const Args& a, const DLTensor* o_, const DLTensor* lse_) {
   AttentionProblem p = make_problem(a);
   const std::vector<float> relative = set_relative(a, p);
@@ -200,19 +233,16 @@ void fwd(const Args& a, const DLTensor* o_, const DLTensor* lse_) {
         kernels.fwd(p, head / p.H, head % p.H, query_tile(n % s.q_tiles), KeyValuePanels{}, own + thread * scratch_floats);
       });
       break;
-    case FwdPlan::Mode::shared:  // pack some pairs together, then share their query tiles out
-      for (int64_t first = 0; first < pairs; first += plan.pairs_at_once) {
-        const int64_t count = std::min(plan.pairs_at_once, pairs - first), heads = count * p.group();
-        parallel_claim(count * s.k_tiles, plan.threads, [&](int64_t n, int) {
-          const int64_t pair = first + n / s.k_tiles;
-          kernels.pack(p, pair / p.Hkv, pair % p.Hkv, n % s.k_tiles, panels_at(shared + (n / s.k_tiles) * plan.pair_floats));
-        });
-        parallel_claim(heads * s.q_tiles, plan.threads, [&](int64_t n, int thread) {
-          const int64_t head = n / s.q_tiles, local = head / p.group(), pair = first + local, g = head % p.group();
-          kernels.fwd(p, pair / p.Hkv, pair % p.Hkv * p.group() + g, query_tile(n % s.q_tiles),
-                      panels_at(shared + local * plan.pair_floats), own + thread * scratch_floats);
-        });
-      }
+    case FwdPlan::Mode::shared:  // all pack a round of pairs together, then share its query tiles out
+      in_rounds(
+          p, plan,
+          [&](int64_t pair, int64_t slot, int64_t kt) {
+            kernels.pack(p, pair / p.Hkv, pair % p.Hkv, kt, panels_at(shared + slot * plan.pair_floats));
+          },
+          [&](int64_t pair, int64_t slot, int64_t n, int thread) {
+            kernels.fwd(p, pair / p.Hkv, pair % p.Hkv * p.group() + n / s.q_tiles, query_tile(n % s.q_tiles),
+                        panels_at(shared + slot * plan.pair_floats), own + thread * scratch_floats);
+          });
       break;
   }
   shared_scratch.release_if_large();
@@ -235,9 +265,7 @@ class Turns {
     Turns& t = *x.turns;
     const int64_t kt = t.p_.schedule.previous_key_tile(t.p_.schedule.set_of(x.b, h), qt, x.block * t.block_tiles_);
     const int32_t wanted = kt < 0 ? -1 : static_cast<int32_t>(kt / t.block_tiles_);
-    std::atomic<int32_t>& done = t.done_[(x.b * t.p_.H + h) * t.tiles_ + qt];
-    for (int spins = 0; done.load(std::memory_order_acquire) != wanted; ++spins)
-      if (spins > 64) std::this_thread::yield();
+    wait_until(t.done_[(x.b * t.p_.H + h) * t.tiles_ + qt], wanted);
   }
   static void leave(void* self, int64_t h, int64_t qt) {
     const Block& x = *static_cast<Block*>(self);

@@ -32,10 +32,12 @@ struct FwdScratch {
   int64_t total;
 };
 
-// Online softmax of one tile, queries in lanes: st becomes p, m and l move on, alpha rescales what was summed before.
+// Online softmax of one tile, queries in lanes: st becomes p, m and l move on, alpha rescales what was summed before. Returns
+// the queries whose alpha is not 1.
 template <bool kPlain>
-void softmax_tile(const TileExtras& x, const TileRanges& ranges, int nq_padded, bool first, FwdScratch& w) {
+uint64_t softmax_tile(const TileExtras& x, const TileRanges& ranges, int nq_padded, bool first, FwdScratch& w) {
   const Vec lowest = Vec::set1(-3.4028234e38f);  // stands in for -inf where nothing was seen: exp2(-inf - lowest) is 0
+  uint64_t moved = 0;
   for (int i = 0; i < nq_padded; i += Vec::W) {
     float* st = w.st + i;
     const int from = ranges.lo[i / kGroup], to = ranges.hi[i / kGroup];
@@ -66,7 +68,9 @@ void softmax_tile(const TileExtras& x, const TileRanges& ranges, int nq_padded, 
     m.store(w.m + i);
     (first ? total : fma(Vec::load(w.l + i), alpha, total)).store(w.l + i);
     alpha.store(w.alpha + i);
+    moved |= uint64_t{less(alpha, Vec::set1(1.0f))} << i;
   }
+  return moved;
 }
 
 void apply_dropout(const AttentionProblem& p, const TileExtras& x, int nk, int nq, int nq_padded, float* st) {
@@ -80,9 +84,9 @@ void apply_dropout(const AttentionProblem& p, const TileExtras& x, int nk, int n
   }
 }
 
-void rescale_rows(float* o, int64_t ld, int rows, const float* alpha) {
-  for (int i = 0; i < rows; ++i) {
-    if (alpha[i] == 1.0f) continue;
+void rescale_rows(float* o, int64_t ld, uint64_t rows, const float* alpha) {
+  for (; rows; rows &= rows - 1) {
+    const int i = __builtin_ctzll(rows);
     const Vec a = Vec::set1(alpha[i]);
     for (int64_t c = 0; c < ld; c += Vec::W) (Vec::load(o + i * ld + c) * a).store(o + i * ld + c);
   }
@@ -158,10 +162,10 @@ void fwd_tile(const AttentionProblem& p, int64_t b, int64_t h, int64_t qt, const
       extras.bias = w.bias;
     }
     const bool first = !any;
-    extras.plain() ? softmax_tile<true>(extras, ranges, nq_padded, first, w)
-                   : softmax_tile<false>(extras, ranges, nq_padded, first, w);
+    const uint64_t moved = extras.plain() ? softmax_tile<true>(extras, ranges, nq_padded, first, w)
+                                          : softmax_tile<false>(extras, ranges, nq_padded, first, w);
     if (extras.drop_keys) apply_dropout(p, extras, nk, nq, nq_padded, w.st);
-    if (!first) rescale_rows(w.o, ld, nq, w.alpha);
+    if (!first) rescale_rows(w.o, ld, moved & (~uint64_t{0} >> (kTile - nq)), w.alpha);
     any = true;
     if (!v_finite && !extras.sees_all()) {
       const auto sees = [&](int i, int j) { return extras.sees(j, i); };

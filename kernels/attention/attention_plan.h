@@ -13,16 +13,16 @@ struct FwdPlan {
   int threads;
   int64_t k_tile_floats, v_tile_floats, pair_floats;  // of packed keys, values, and both of one (b, hkv) with flags
   int64_t own_floats = 0, shared_floats = 0;          // panels a thread has for itself, panels that all share
-  int64_t pairs_at_once = 1;
-  int64_t chunk_tiles = 0, chunk_keys = 0;  // local: query tiles of a chunk, key tiles that one needs at most
+  int64_t pairs_at_once = 1;                          // shared: pairs of a round; two rounds have panels
+  int64_t chunk_tiles = 0, chunk_keys = 0;            // local: query tiles of a chunk, key tiles that one needs at most
 
   FwdPlan(const AttentionProblem& p, int width, int max_threads, int64_t sets) : threads(max_threads) {
     const Schedule& s = p.schedule;
     k_tile_floats = kTile * p.D, v_tile_floats = kTile * round_up_to(p.Dv, width);
     pair_floats = round_up_to(s.k_tiles * (k_tile_floats + v_tile_floats) + (s.k_tiles + 3) / 4, 16);
     const int64_t pairs = p.B * p.Hkv, tiles_per_pair = p.group() * s.q_tiles;
-    constexpr int64_t kPairInL2 = 96 * 1024;             // floats; what a thread can keep near while it serves a pair alone
-    constexpr int64_t kSharedAtOnce = 16 * 1024 * 1024;  // floats: 64 MiB of panels alive at most, but never less than one pair
+    constexpr int64_t kPairInL2 = 96 * 1024;  // floats; what a thread can keep near while it serves a pair alone
+    constexpr int64_t kTilesPerThread = 8;    // shared: query tiles of a round, so that its panels serve all threads' L2
     if (tiles_per_pair <= 1) {
       mode = Mode::on_the_way;
     } else if (pair_floats <= kPairInL2 && (max_threads == 1 || pairs >= 4 * max_threads)) {
@@ -33,8 +33,8 @@ struct FwdPlan {
       own_floats = round_up_to(chunk_keys * (k_tile_floats + v_tile_floats) + (chunk_keys + 3) / 4, 16);
     } else {
       mode = Mode::shared;
-      pairs_at_once = std::clamp<int64_t>(kSharedAtOnce / std::max<int64_t>(pair_floats, 1), 1, std::max<int64_t>(pairs, 1));
-      shared_floats = pairs_at_once * pair_floats;
+      pairs_at_once = std::clamp<int64_t>(kTilesPerThread * max_threads / tiles_per_pair, 1, std::max<int64_t>(pairs, 1));
+      shared_floats = std::min<int64_t>(2, (pairs + pairs_at_once - 1) / pairs_at_once) * pairs_at_once * pair_floats;
     }
   }
 
