@@ -88,7 +88,3 @@ def make_group(problem: Problem, dtype: torch.dtype, biased: bool, ours: Callabl
         return max(errors)
 
     return Group(calls, check, bytes=problem.bytes(dtype))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Group, interleaved, relative_error
+from _attention import DTYPES, TOLERANCE, call_of
+from harness import Group, interleaved, name_of, relative_error
 
 import mlcore
 
-# The bench asks whether all rows solve the same problem; tests/ops holds the numerics contract.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
-DTYPES = (torch.float32, torch.bfloat16)
 ROWS = ("mlcore", "torch-sdpa", "torch-sdpa via fp32", "torch-math", "flex (compiled)")
 
 
@@ -103,24 +101,6 @@ def with_layout(layout: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
     return [t.contiguous() if layout == "BHTD" else t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
 
 
-def call_of(attention, backward: bool, q, k, v, do):
-    """attention(q, k, v) as a call without arguments: with its gradients if backward, and without autograd otherwise."""
-    if not backward:
-
-        def forward():
-            with torch.no_grad():
-                return [attention(q, k, v)]
-
-        return forward
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-
-    def forward_backward():
-        o = attention(q, k, v)
-        return [o, *torch.autograd.grad(o, (q, k, v), do)]
-
-    return forward_backward
-
-
 def implementations(problem: Problem, mask) -> dict:
     """Row -> attention(q, k, v)."""
     gqa = {"enable_gqa": True} if problem.kv_heads else {}
@@ -178,10 +158,6 @@ def make_group(problem: Problem, dtype: torch.dtype, compiled: bool) -> Group:
         return max(errors.values())
 
     return Group(calls, check, flops=problem.flops(), extra=extra)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def applies(problem: Problem, dtype: torch.dtype, row: str) -> bool:

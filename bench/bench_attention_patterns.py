@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Group, relative_error
+from _attention import DTYPES, TOLERANCE, call_of
+from harness import Group, name_of, relative_error
 
 import mlcore
 from mlcore.patterns import Causal, Documents, GlobalTokens, Strided, Window
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
-DTYPES = (torch.float32, torch.bfloat16)
 ROWS = ("mlcore", "torch-sdpa masked", "torch-sdpa padded", "torch buckets", "flex (compiled)")
 
 
@@ -162,23 +161,6 @@ def compiled_flex(problem: Problem):
     return functools.partial(torch.compile(flex_attention, dynamic=False), block_mask=blocks)
 
 
-def call_of(attention, backward: bool, q, k, v, do):
-    if not backward:
-
-        def forward():
-            with torch.no_grad():
-                return [attention(q, k, v)]
-
-        return forward
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-
-    def forward_backward():
-        o = attention(q, k, v)
-        return [o, *torch.autograd.grad(o, (q, k, v), do)]
-
-    return forward_backward
-
-
 def make_group(problem: Problem, dtype: torch.dtype, compiled: bool) -> Group:
     q, k, v, do = inputs(problem, dtype)
     want = reference(problem, q, k, v, do)
@@ -204,10 +186,6 @@ def applies(problem: Problem, row: str) -> bool:
 
 
 CASES = [(p, d, r) for p in ALL for d in DTYPES for r in ROWS if applies(p, r)]
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @pytest.mark.parametrize(("problem", "dtype", "row"), CASES, ids=[f"{name_of(d)} {p}-{r}" for p, d, r in CASES])

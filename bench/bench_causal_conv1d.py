@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Group, relative_error
+from harness import Group, name_of, relative_error
 
 from mlcore.ops import causal_conv1d
 
@@ -86,11 +86,11 @@ def make_group(problem: Problem, dtype: torch.dtype, compiled: bool) -> Group:
 
 
 @pytest.mark.parametrize("row", ["mlcore", "torch", "torch (compiled)", "torch (clone of x)"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=name_of)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_causal_conv1d(race, request, problem, dtype, row):
     if "clone" in row and problem.backward:
         pytest.skip("a floor of the forward pass")
     compiled = request.config.getoption("compiled")
-    name = str(dtype).removeprefix("torch.")
+    name = name_of(dtype)
     race(f"causal_conv1d {name} {problem}", row, lambda: make_group(problem, dtype, compiled))

@@ -2,7 +2,8 @@
 
 import pytest
 import torch.nn.functional as F
-from _norms import DTYPES, PROBLEMS, make_group, name_of
+from _norms import DTYPES, PROBLEMS, make_group
+from harness import name_of
 
 import mlcore
 
