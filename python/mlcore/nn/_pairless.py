@@ -46,17 +46,10 @@ class PairlessAttention(MultiheadAttention):
         if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
             raise ValueError(f"{name}: key_padding_mask must be boolean; got {key_padding_mask.dtype}")
         if not batched:
-            same_qk, same_kv = query is key, key is value
-            query = query.unsqueeze(0 if self.batch_first else 1)
-            key = query if same_qk else key.unsqueeze(0 if self.batch_first else 1)
-            value = key if same_kv else value.unsqueeze(0 if self.batch_first else 1)
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+            query, key, value, key_padding_mask = self._as_batch(query, key, value, key_padding_mask)
         q, k, v = self._project(query, key, value)  # (N, H, T, D)
         hidden = None if key_padding_mask is None else key_padding_mask[:, None, :, None]
-        o = self._attend(key, q, k, v, hidden, is_causal)
-        o = o.permute(0, 2, 1, 3) if self.batch_first else o.permute(2, 0, 1, 3)
-        o = self.out_proj(o.flatten(2))
-        return (o if batched else o.squeeze(0 if self.batch_first else 1)), None
+        return self._output(self._attend(key, q, k, v, hidden, is_causal), batched), None
 
     def _attend(self, key: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, causal: bool) -> Tensor:
         """(N, H, T, D) from the projected heads. hidden: (N, 1, S, 1), True where a key counts for nothing, or None."""

@@ -72,6 +72,11 @@ class AdditiveAttention(torch.nn.Module):
             raise ValueError(f"{name}: key_padding_mask must be {want}; got {hidden.dtype}, {tuple(hidden.shape)}")
         return value
 
+    def _check_previous(self, previous: Tensor, key: Tensor) -> None:
+        want = (key.shape[0], 1, key.shape[1])
+        if previous.shape != want:
+            raise ValueError(f"{type(self).__name__}: previous must be (B, 1, S) = {want}; got {tuple(previous.shape)}")
+
 
 class LocationAwareAttention(AdditiveAttention):
     r"""Additive attention that also sees where it looked before: :math:`e_j = w^\top \tanh(W q + U k_j + V f_j + b)`, where
@@ -126,9 +131,7 @@ class LocationAwareAttention(AdditiveAttention):
             raise ValueError(f"LocationAwareAttention: query must be one step, (B, 1, query_dim); got {tuple(query.shape)}")
         if previous is None:
             previous = key.new_zeros(key.shape[0], 1, key.shape[1])
-        if previous.shape != (key.shape[0], 1, key.shape[1]):
-            want = (key.shape[0], 1, key.shape[1])
-            raise ValueError(f"LocationAwareAttention: previous must be (B, 1, S) = {want}; got {tuple(previous.shape)}")
+        self._check_previous(previous, key)
         features = self.location_proj(self.location(previous).transpose(1, 2)).unsqueeze(1)  # (B, 1, S, A)
         weights = _softmax(self._energies(query, key, features), key_padding_mask)
         return weights @ value, weights
@@ -190,8 +193,7 @@ class MonotonicAttention(AdditiveAttention):
         if previous is None:
             previous = torch.nn.functional.one_hot(torch.zeros(B, 1, dtype=torch.int64, device=key.device), max(S, 1))
             previous = previous[..., :S].to(energies.dtype)
-        elif previous.shape != (B, 1, S):
-            raise ValueError(f"MonotonicAttention: previous must be (B, 1, S) = {(B, 1, S)}; got {tuple(previous.shape)}")
+        self._check_previous(previous, key)
         if self.training and self.noise:
             energies = energies + self.noise * torch.randn_like(energies)
         stop = torch.sigmoid(energies) if self.training else (energies > 0).to(energies.dtype)

@@ -84,11 +84,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """
         batched = self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
         if not batched:
-            same_qk, same_kv = query is key, key is value
-            query = query.unsqueeze(0 if self.batch_first else 1)
-            key = query if same_qk else key.unsqueeze(0 if self.batch_first else 1)
-            value = key if same_kv else value.unsqueeze(0 if self.batch_first else 1)
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+            query, key, value, key_padding_mask = self._as_batch(query, key, value, key_padding_mask)
 
         q, k, v = self._project(query, key, value)  # (N, H, L, D), (N, H, S, D), (N, H, S, D)
         causal = is_causal and not need_weights and q.shape[2] == k.shape[2]
@@ -105,11 +101,20 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         else:
             o = ops.attention(q, k, v, pattern=keep, causal=causal, bias=bias, dropout_p=dropout_p)
 
-        o = o.permute(0, 2, 1, 3) if self.batch_first else o.permute(2, 0, 1, 3)
-        o = self.out_proj(o.flatten(2))
-        if batched:
-            return o, weights
-        return o.squeeze(0 if self.batch_first else 1), None if weights is None else weights.squeeze(0)
+        return self._output(o, batched), weights if batched or weights is None else weights.squeeze(0)
+
+    def _as_batch(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None):
+        """Unbatched inputs as a batch of one; inputs that are one tensor stay one."""
+        batch, same_qk, same_kv = 0 if self.batch_first else 1, query is key, key is value
+        query = query.unsqueeze(batch)
+        key = query if same_qk else key.unsqueeze(batch)
+        value = key if same_kv else value.unsqueeze(batch)
+        return query, key, value, None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+
+    def _output(self, o: Tensor, batched: bool) -> Tensor:
+        """The output projection of the heads' (N, H, L, D), laid out as the query was."""
+        o = self.out_proj(o.permute((0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)).flatten(2))
+        return o if batched else o.squeeze(0 if self.batch_first else 1)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project to heads ``(N, H, T, D)``, in one matrix product where the inputs are one tensor."""

@@ -77,15 +77,9 @@ class PatternAttention(torch.nn.Module):
     def _attend(self, x, context, pattern):
         q, k, v = self.q_proj(x), self.k_proj(context), self.v_proj(context)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
-        o = ops.attention(
-            q,
-            k,
-            v,
-            pattern=self.pattern if pattern is None else self.pattern & pattern,
-            alibi_slopes=self.alibi_slopes,
-            sinks=self.sinks,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        pattern = self.pattern if pattern is None else self.pattern & pattern
+        dropout_p = self.dropout if self.training else 0.0
+        o = ops.attention(q, k, v, pattern=pattern, alibi_slopes=self.alibi_slopes, sinks=self.sinks, dropout_p=dropout_p)
         return self.out_proj(o.transpose(1, 2).flatten(2))
 
 

@@ -126,8 +126,7 @@ class SynthesizerAttention(MultiheadAttention):
                 f"SynthesizerAttention: sequences must have at most max_length {self.max_length} tokens; got {longest}"
             )
         if not batched:
-            query, value = (t.unsqueeze(0 if self.batch_first else 1) for t in (query, value))
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+            query, key, value, key_padding_mask = self._as_batch(query, key, value, key_padding_mask)
         v = self._heads(value, 2)  # (N, H, S, D)
         q, k, scores = self._scores(query, v)
         causal = is_causal and q.shape[2] == v.shape[2]
@@ -136,9 +135,7 @@ class SynthesizerAttention(MultiheadAttention):
             bias = scores if bias is None else bias + scores
         dropout_p = self.dropout if self.training else 0.0
         o = ops.attention(q, k, v, pattern=keep, causal=causal, bias=bias, scale=1.0, dropout_p=dropout_p)
-        o = o.permute(0, 2, 1, 3) if self.batch_first else o.permute(2, 0, 1, 3)
-        o = self.out_proj(o.flatten(2))
-        return (o if batched else o.squeeze(0 if self.batch_first else 1)), None
+        return self._output(o, batched), None
 
     def _heads(self, x: Tensor, part: int) -> Tensor:
         """(N, H, T, D): x by the query (0) or value (2) projection."""

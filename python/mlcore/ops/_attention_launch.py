@@ -57,7 +57,7 @@ def lean_fwd(q, k, v, right, offset, scale, lse=None):
 
 def lean_bwd(q, k, v, right, offset, scale, o, lse, d_o):
     """dq, dk, dv of lean_fwd's call."""
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = _new_gradients(q, k, v)
     _cpu_bwd(q, k, v, *_band(right, offset, scale), o, lse, d_o, None, dq, dk, dv, None, None)
     return dq, dk, dv
 
@@ -66,42 +66,21 @@ def fwd_fake(q, k, v, bias, relative, sinks, seed, tensors, spec, scale, softcap
     return _new_output(q, v), new_lse(q)
 
 
-def _new_gradients(q, k, v, bias, need_dbias):
-    """Gradients laid out as their tensors, dbias as its kernel sums it: fp32, contiguous, every key of its own."""
-    grads = [
-        torch.empty_like(t) if t.stride(-1) == 1 else torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t in (q, k, v)
-    ]
-    if need_dbias:
-        dbias = torch.zeros(*bias.shape[:3], k.shape[2], dtype=torch.float32, device=q.device)
-    else:
-        dbias = q.new_empty(0)
-    return *grads, dbias
+def _new_gradients(*inputs):
+    """Laid out as their tensors, but for a last dimension that a kernel could not take."""
+    return [torch.empty_like(t) if t.stride(-1) == 1 else _new_contiguous(t) for t in inputs]
 
 
-def bwd_launch(
-    q,
-    k,
-    v,
-    bias,
-    relative,
-    sinks,
-    seed,
-    tensors,
-    spec,
-    scale,
-    softcap,
-    dropout_p,
-    impl,
-    o,
-    lse,
-    d_o,
-    d_lse,
-    need_dbias,
-    need_drelative,
-):
+def _new_contiguous(t):
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def bwd_launch(q, k, v, bias, relative, sinks, seed, tensors, spec, scale, softcap, dropout_p, impl, *rest):
+    o, lse, d_o, d_lse, need_dbias, need_drelative = rest
     per_key = need_dbias and bias.shape[3] == k.shape[2]
-    dq, dk, dv, dbias = _new_gradients(q, k, v, bias, per_key)
+    dq, dk, dv = _new_gradients(q, k, v)
+    # As its kernel sums it: fp32, contiguous, every key of its own.
+    dbias = torch.zeros(*bias.shape[:3], k.shape[2], dtype=torch.float32, device=q.device) if per_key else None
     q, k, v = _inner_contiguous(q), _inner_contiguous(k), _inner_contiguous(v)
     d_lse = None if d_lse is None else d_lse.contiguous()
     bwd = kernel(_OP, "bwd", impl)
@@ -109,11 +88,10 @@ def bwd_launch(
     number = int(seed) if seed is not None else 0
     bwd(
         q, k, v, bias, relative, sinks, *_schedule(q, k, tensors, spec), scale, softcap, dropout_p, number,
-        o, lse, _inner_contiguous(d_o), d_lse, dq, dk, dv, dbias if per_key else None,
+        o, lse, _inner_contiguous(d_o), d_lse, dq, dk, dv, dbias,
         drelative if need_drelative else None,
     )  # fmt: skip
-    if need_dbias:
-        dbias = _reduced_dbias(dbias, bias, lse, d_lse, per_key)
+    dbias = _reduced_dbias(dbias, bias, lse, d_lse) if need_dbias else q.new_empty(0)
     if need_drelative:
         drelative = drelative.sum_to_size(relative.shape).contiguous()
     return dq, dk, dv, dbias, drelative
@@ -125,8 +103,8 @@ def _new_drelative(q, k, wanted):
     return q.new_zeros(q.shape[0], q.shape[1], length, dtype=torch.float32) if wanted else q.new_empty(0, dtype=torch.float32)
 
 
-def _reduced_dbias(dbias, bias, lse, d_lse, per_key):
-    if per_key:
+def _reduced_dbias(dbias, bias, lse, d_lse):
+    if dbias is not None:
         return dbias.to(bias.dtype)
     # The same for all keys: it cancels in the softmax and moves lse alone.
     if d_lse is None:
@@ -135,30 +113,8 @@ def _reduced_dbias(dbias, bias, lse, d_lse, per_key):
     return d_lse.sum_to_size(bias.shape).to(bias.dtype).contiguous()
 
 
-def bwd_fake(
-    q,
-    k,
-    v,
-    bias,
-    relative,
-    sinks,
-    seed,
-    tensors,
-    spec,
-    scale,
-    softcap,
-    dropout_p,
-    impl,
-    o,
-    lse,
-    d_o,
-    d_lse,
-    need_dbias,
-    need_drelative,
-):
-    dq, dk, dv, _ = _new_gradients(q, k, v, bias, False)
-    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if need_dbias else q.new_empty(0)
-    drelative = (
-        torch.empty_like(relative, memory_format=torch.contiguous_format) if need_drelative else _new_drelative(q, k, False)
-    )
-    return dq, dk, dv, dbias, drelative
+def bwd_fake(q, k, v, bias, relative, sinks, seed, tensors, spec, scale, softcap, dropout_p, impl, *rest):
+    need_dbias, need_drelative = rest[-2:]
+    dbias = _new_contiguous(bias) if need_dbias else q.new_empty(0)
+    drelative = _new_contiguous(relative) if need_drelative else _new_drelative(q, k, False)
+    return *_new_gradients(q, k, v), dbias, drelative

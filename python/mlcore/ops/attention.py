@@ -53,7 +53,8 @@ class _Attention(torch.autograd.Function):
         need_dbias, need_drelative, need_dsinks = ctx.needs_input_grad[3:6]
         others = (None,) * (len(ctx.needs_input_grad) - 6)
         if create_graph():
-            return *_differentiable_gradients(ctx, d_o, d_lse), *others
+            inputs = (q, k, v, bias, relative, sinks)
+            return *_differentiable_gradients(ctx, inputs, seed, tensors, (d_o, d_lse)), *others
         if d_o is None:
             d_o = torch.zeros_like(o)
         bwd = bwd_launch if direct(q, k, v, bias, relative, sinks, d_o, d_lse, *tensors) else _bwd
@@ -80,11 +81,8 @@ class _LeanAttention(torch.autograd.Function):
     def backward(ctx, d_o):
         q, k, v, o, lse = ctx.saved_tensors
         if create_graph():
-            with torch.enable_grad():
-                want, _ = _reference(q, k, v, None, None, None, None, (), ctx.spec, *ctx.numbers[:-1])
-                leaves = [t for t, need in zip((q, k, v), ctx.needs_input_grad) if need]
-                found = iter(torch.autograd.grad(want, leaves, d_o, create_graph=True))
-            return *(next(found) if need else None for need in ctx.needs_input_grad[:3]), None, None, None, None
+            inputs = (q, k, v, None, None, None)
+            return *_differentiable_gradients(ctx, inputs, None, (), (d_o, None))[:3], None, None, None, None
         if lean_rows(q, k, v, d_o):
             grads = lean_bwd(q, k, v, *ctx.band, o, lse, d_o)
         else:
@@ -104,14 +102,13 @@ def _sinks_gradient(sinks, o, lse, d_o, d_lse):
     return -(p * delta).sum((0, 2))
 
 
-def _differentiable_gradients(ctx, d_o, d_lse):
-    """(dq, dk, dv, dbias, drelative, dsinks) with a graph, for create_graph=True: the reference's, which differentiates on."""
-    q, k, v, bias, relative, sinks, seed, _, _, *tensors = ctx.saved_tensors
+def _differentiable_gradients(ctx, inputs, seed, tensors, gradients):
+    """(dq, dk, dv, dbias, drelative, dsinks) with a graph, for create_graph=True: the reference's, which differentiates on.
+    inputs: q, k, v, bias, relative, sinks; gradients: those of o and lse, or None."""
     with torch.enable_grad():
-        outputs = _reference(q, k, v, bias, relative, sinks, seed, tensors, ctx.spec, *ctx.numbers[:-1])
-        inputs = enumerate((q, k, v, bias, relative, sinks))
-        wanted = [(i, t) for i, t in inputs if t is not None and ctx.needs_input_grad[i]]
-        pairs = [(out, d) for out, d in zip(outputs, (d_o, d_lse)) if d is not None]
+        outputs = _reference(*inputs, seed, tensors, ctx.spec, *ctx.numbers[:-1])
+        wanted = [(i, t) for i, (t, need) in enumerate(zip(inputs, ctx.needs_input_grad)) if t is not None and need]
+        pairs = [(out, d) for out, d in zip(outputs, gradients) if d is not None]
         found = torch.autograd.grad([p[0] for p in pairs], [t for _, t in wanted], [p[1] for p in pairs], create_graph=True)
     grads = dict(zip((i for i, _ in wanted), found))
     return tuple(grads.get(i) for i in range(6))
@@ -396,14 +393,18 @@ def _check_broadcastable(name, t, q, Tk):
         raise ValueError(f"attention: {name} must be on {q.device} as q; got {t.device}")
 
 
-def _run(q, k, v, bias, relative, sinks, tensors, spec, scale, softcap, dropout_p, return_lse, impl):
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = autocast(q.device.type, q, k, v)
-        if relative is not None or sinks is not None:  # these stay float32, which the op's own autocast rule would not let them
-            with torch.autocast(q.device.type, enabled=False):
-                return _run(
-                    q, k, v, bias, relative, sinks, tensors, spec, scale, softcap, dropout_p, return_lse, impl
-                )  # fmt: skip
+def _run(q, k, v, bias, relative, sinks, *call):
+    """_dispatch under torch.autocast's rule. relative and sinks stay float32, which the op's own rule would not let them."""
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        q, k, v = autocast(device, q, k, v)
+        if relative is not None or sinks is not None:
+            with torch.autocast(device, enabled=False):
+                return _dispatch(q, k, v, bias, relative, sinks, *call)
+    return _dispatch(q, k, v, bias, relative, sinks, *call)
+
+
+def _dispatch(q, k, v, bias, relative, sinks, tensors, spec, scale, softcap, dropout_p, return_lse, impl):
     if transformed():
         if impl not in (None, "reference"):
             raise ValueError(
@@ -444,18 +445,6 @@ def _reference(q, k, v, bias, relative, sinks, seed, tensors, spec, scale, softc
     from ..kernels.attention import attention_ref
 
     mask = None if spec == _EVERYTHING else dense(spec, tensors, q.shape[2], k.shape[2], q.device)
-    number = int(seed) if seed is not None else 0
-    o, lse = attention_ref.attention(
-        q,
-        k,
-        v,
-        mask=mask,
-        bias=bias,
-        relative=relative,
-        sinks=sinks,
-        scale=scale,
-        softcap=softcap or None,
-        dropout_p=dropout_p,
-        seed=number,
-    )
+    terms = {"mask": mask, "bias": bias, "relative": relative, "sinks": sinks, "seed": int(seed) if seed is not None else 0}
+    o, lse = attention_ref.attention(q, k, v, scale=scale, softcap=softcap or None, dropout_p=dropout_p, **terms)
     return o.to(q.dtype), lse
