@@ -187,13 +187,12 @@ def fwd(q, k, v, bias, relative, sinks, *rest) -> None:
 
 def bwd(q, k, v, bias, relative, sinks, *rest) -> None:
     """As mlc_attention_bwd, with a tile list as _attention_device.on_device() makes it."""
-    *schedule_and_numbers, o, lse, d_o, d_lse, dq, dk, dv, dbias, drelative = rest
+    *schedule_and_numbers, o, lse, d_o, d_lse, dq, dk, dv, dbias, drelative, delta = rest
     p = _Problem(q, k, v, bias, relative, sinks, *schedule_and_numbers)
     options = bwd_options(*p.dtype_and_width)
     blocks, key_blocks = triton.cdiv(p.Tq, options["BQ"]), triton.cdiv(p.Tk, options["BK"])
     if p.B * p.H == 0:
         return
-    delta = torch.empty(p.B, p.H, p.Tq, dtype=torch.float32, device=q.device)
     common = (*p.tensors, lse, d_o, delta, *p.inputs, *d_o.stride()[:3], *p.extras, *p.numbers)
     with torch.cuda.device_of(q):
         if blocks > 0:
@@ -251,12 +250,14 @@ def compile_specs() -> list[tuple]:
     """(kernel, signature, constexprs, options, attributes) of the variants that tests compile ahead."""
     listed = ("row_ptr", "cols", "ids", "bits")
     everything = (*listed, "bias", "relative", "sinks", "d_lse")
-    specs = [_compile_spec(row_delta_kernel, "bf16", 64, ("d_lse",))]
-    for kernel in (fwd_kernel, dq_kernel, dkv_kernel):
-        specs.append(_compile_spec(kernel, "bf16", 64))
-        specs.append(_compile_spec(kernel, "bf16", 128, listed))
-        specs.append(_compile_spec(kernel, "fp16", 256, everything, SOFTCAP=True, DROPOUT=True))
-        specs.append(_compile_spec(kernel, "fp32", 64))
-    specs.append(_compile_spec(ds_sum_kernel, "bf16", 64, everything, DIAGONAL=False))
-    specs.append(_compile_spec(ds_sum_kernel, "fp32", 64, ("relative",), DIAGONAL=True))
-    return specs
+    return [
+        _compile_spec(row_delta_kernel, "bf16", 64, ("d_lse",)),
+        _compile_spec(fwd_kernel, "bf16", 64),
+        _compile_spec(fwd_kernel, "fp16", 128, everything, SOFTCAP=True, DROPOUT=True),
+        _compile_spec(fwd_kernel, "fp32", 64),
+        _compile_spec(dq_kernel, "bf16", 128, listed),
+        _compile_spec(dkv_kernel, "bf16", 64),
+        _compile_spec(dkv_kernel, "fp16", 256, everything, SOFTCAP=True, DROPOUT=True),
+        _compile_spec(ds_sum_kernel, "bf16", 64, everything, DIAGONAL=False),
+        _compile_spec(ds_sum_kernel, "fp32", 64, ("relative",), DIAGONAL=True),
+    ]

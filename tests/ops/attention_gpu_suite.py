@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from gpu_code import emulator
 
 from mlcore import testing
 from mlcore.kernels.attention import attention_ref
@@ -49,7 +50,7 @@ class Case:
         return name.replace(" softcap0.0", "").replace(" dropout0.0", "")
 
 
-SMALL = (2, 2, 1, 70, 90, 40, 33)
+SMALL = (1, 2, 1, 70, 90, 40, 33)
 CASES = [
     Case((1, 1, 1, 1, 1, 1, 1)),
     Case((2, 2, 2, 1, 139, 32, 32)),
@@ -61,21 +62,28 @@ CASES = [
     Case((1, 1, 1, 40, 70, 256, 256), F16),
     Case((1, 1, 1, 40, 70, 200, 256), F32, Causal()),
     Case((1, 1, 1, 150, 200, 64, 64), BF16, Window(20, 5), layout="expanded"),
-    Case((1, 2, 1, 200, 200, 24, 16), F32, Causal() & Window(30, 0), layout="sliced"),
+    Case((1, 2, 1, 130, 130, 24, 16), F32, Causal() & Window(30, 0), layout="sliced"),
     Case((1, 1, 1, 200, 230, 32, 64), F16, Strided(7) & Causal()),
-    Case((1, 2, 2, 130, 130, 32, 32), F32, Documents(torch.tensor([0, 5, 5, 90, 130])) & Causal()),
+    Case((1, 1, 1, 130, 130, 32, 32), F32, Documents(torch.tensor([0, 5, 5, 90, 130])) & Causal()),
     Case((1, 1, 1, 200, 200, 16, 16), BF16, GlobalTokens(2) | Window(10, 10)),
-    Case(SMALL, F32, Causal(), density=0.5, mask_shape=(2, 2, 70, 90)),
+    Case(SMALL, F32, Causal(), density=0.5, mask_shape=(1, 2, 70, 90)),
     Case((2, 2, 2, 150, 131, 16, 16), F16, density=0.5, mask_shape=(2, 1, 1, 131)),
-    Case(SMALL, F32, bias=(1, 1, 70, 90)),
-    Case(SMALL, F16, Causal(), bias=(2, 2, 70, 90)),
-    Case(SMALL, F32, density=0.8, mask_shape=(1, 1, 70, 90), bias=(2, 1, 1, 90), bias_dtype=F16),
+    Case((2, 2, 1, 40, 70, 16, 16), F32, bias=(1, 1, 40, 70)),
+    Case(SMALL, F16, Causal(), bias=(1, 2, 70, 90)),
+    Case(SMALL, F32, density=0.8, mask_shape=(1, 1, 70, 90), bias=(1, 1, 1, 90), bias_dtype=F16),
     Case((2, 2, 1, 40, 70, 16, 16), F32, Causal(), relative=(1, 2), sinks=True),
     Case((2, 2, 1, 150, 90, 16, 16), F16, Window(40, 30), relative=(2, 2), softcap=2.5),
-    Case((2, 2, 1, 40, 70, 16, 16), F32, Causal(), dropout_p=0.3, softcap=2.5, bias=(2, 2, 40, 70), sinks=True),
+    Case((1, 2, 1, 40, 70, 16, 16), F32, Causal(), dropout_p=0.3, softcap=2.5, bias=(1, 2, 40, 70), sinks=True),
     Case((2, 2, 1, 70, 131, 16, 16), BF16, dropout_p=0.2, d_lse=False),
     Case((1, 1, 1, 20, 30, 16, 16), F32, dropout_p=1.0),
 ]
+
+
+def emulated() -> tuple[Callable, Callable]:
+    """The CUDA kernels in the emulator, through their C functions."""
+    sources = {"fwd": "attention.cu", "bwd": "attention_bwd.cu"}
+    libraries = {name: emulator.load(f"kernels/attention/{source}") for name, source in sources.items()}
+    return tuple(lambda *a, n=n, lib=lib: lib.call(f"mlc_cuda_attention_{n}", *a, None) for n, lib in libraries.items())
 
 
 def inputs(case: Case, device: str) -> dict[str, torch.Tensor | None]:
@@ -150,7 +158,7 @@ def run(kernels: tuple[Callable, Callable], case: Case, device: str = "cpu", see
     grads["bias"] = torch.zeros(*bias.shape[:3], Tk, device=device) if bias is not None and bias.shape[3] == Tk else None
     grads["relative"] = torch.zeros(B, H, Tq + Tk - 1, device=device) if relative is not None else None
     if bwd is not None:
-        bwd(*common, o, lse, d_o, d_lse, *grads.values())
+        bwd(*common, o, lse, d_o, d_lse, *grads.values(), torch.empty_like(lse[0]))
     return given, (d_o, d_lse), {"o": o, "lse": lse[0], "factor": lse[1], **{f"d{n}": g for n, g in grads.items()}}
 
 
@@ -188,3 +196,26 @@ def check(kernels: tuple[Callable, Callable], case: Case, device: str = "cpu", s
             result = result.to(math[name].dtype)
             testing.assert_close_to_reference(result, math[name], want, grad=name[0] == "d", terms=terms[name], what=name)
     return {n: t for n, t in got.items() if t is not None}
+
+
+def check_unseen_keys(kernels: tuple[Callable, Callable], device: str = "cpu", dtype: torch.dtype = F32) -> None:
+    """NaN and infinities in keys and values reach only the queries that see them, forward and backward, and no other bit."""
+    torch.manual_seed(1)
+    q, k, v, d_o = (torch.randn(1, 1, n, 16, device=device).to(dtype) for n in (70, 90, 90, 70))
+    dirty_k, dirty_v, infinite = k.clone(), v.clone(), v.clone()
+    dirty_k[:, :, 88] = dirty_v[:, :, 88] = float("nan")  # causally the last two queries see it
+    dirty_v[:, :, 89] = infinite[:, :, 89] = float("inf")
+
+    def both(k, v):
+        o, dq, dk, dv = (torch.empty_like(t) for t in (q, q, k, v))
+        lse = torch.empty(2, 1, 1, 70, device=device)
+        common = (q, k, v, None, None, None, -1, 0, 20, None, None, None, None, 1, 1, 0.25, 0.0, 0.0, 0)
+        kernels[0](*common, o, lse)
+        kernels[1](*common, o, lse, torch.where(o.isfinite(), d_o, 0), None, dq, dk, dv, None, None, torch.empty_like(lse[0]))
+        return o[0, 0], dq[0, 0]
+
+    clean, spoilt = both(k, v), both(dirty_k, dirty_v)
+    assert torch.equal(spoilt[0][:-2], clean[0][:-2]) and spoilt[0][-2:].isnan().all()
+    assert torch.equal(spoilt[1][:-2], clean[1][:-2])
+    o, _ = both(k, infinite)
+    assert torch.equal(o[:-1], clean[0][:-1]) and (o[-1] == float("inf")).all()

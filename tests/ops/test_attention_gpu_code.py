@@ -1,4 +1,4 @@
-"""attention's Triton kernels in the interpreter, against float64."""
+"""attention's CUDA kernels in the emulator and its Triton kernels in the interpreter, against float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import attention_gpu_suite as suite
 import gpu_code
 import pytest
 import torch
-from attention_gpu_suite import BF16
 from attention_suite import qkv
 
 from mlcore.ops import attention
@@ -18,7 +17,7 @@ OP = "attention"
 
 if gpu_code.INTERPRETING:
 
-    @pytest.mark.parametrize("case", [c for c in suite.CASES if c.dtype != BF16], ids=str)
+    @pytest.mark.parametrize("case", [c for c in suite.CASES if c.dtype != suite.BF16], ids=str)
     def test_interpreted_kernels(case):
         suite.check(gpu_code.interpreted(OP), case)
 
@@ -36,7 +35,7 @@ if gpu_code.INTERPRETING:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
     def test_interpreted_unseen_keys_may_hold_anything():
-        _check_unseen_keys("triton")
+        suite.check_unseen_keys(gpu_code.interpreted(OP))
 
     @pytest.mark.parametrize("shape", [(0, 2, 2, 5, 7, 8, 8), (2, 2, 2, 0, 7, 8, 8), (2, 2, 2, 5, 0, 8, 8)], ids=str)
     def test_interpreted_empty_dimensions(shape):
@@ -58,24 +57,60 @@ def test_interpreted():
     gpu_code.run_interpreted(__file__)
 
 
-def _check_unseen_keys(impl):
-    """NaN and infinities in keys and values reach only the queries that see them, forward and backward."""
-    tensors = qkv((1, 1, 1, 70, 90, 16, 16))
-    dirty = {n: t.clone() for n, t in tensors.items()}
-    dirty["k"][:, :, 88] = dirty["v"][:, :, 88] = float("nan")  # the last two queries see it
-    dirty["v"][:, :, 89] = float("inf")
+@pytest.fixture
+def kernels():
+    if gpu_code.emulator.compiler() is None:
+        pytest.skip("the emulator needs Linux and a C++ compiler")
+    return suite.emulated()
 
-    def run(given):
-        leaves = [t.clone().requires_grad_() for t in given.values()]
-        o = attention(*leaves, causal=True, impl=impl)
-        return o.detach(), *torch.autograd.grad(o.sum(), leaves)
 
-    clean, spoilt = run(tensors), run(dirty)
-    assert torch.equal(spoilt[0][:, :, :-2], clean[0][:, :, :-2]) and spoilt[0][:, :, -2:].isnan().all()
-    assert torch.equal(spoilt[1][:, :, :-2], clean[1][:, :, :-2])
-    infinite = {**tensors, "v": dirty["v"].nan_to_num(nan=0.0, posinf=float("inf"))}
-    o = run(infinite)[0]
-    assert o[:, :, :-1].isfinite().all() and (o[:, :, -1] == float("inf")).all()
+@pytest.mark.parametrize("case", suite.CASES, ids=str)
+def test_emulated(kernels, case):
+    suite.check(kernels, case)
+
+
+def test_emulated_unseen_keys_may_hold_anything(kernels):
+    for dtype in (suite.F32, suite.BF16):
+        suite.check_unseen_keys(kernels, dtype=dtype)
+
+
+def test_emulated_bits_do_not_depend_on_the_order_of_threads(kernels):
+    libraries = [gpu_code.emulator.load(f"kernels/{OP}/{name}.cu") for name in ("attention", "attention_bwd")]
+    case = suite.Case(
+        (1, 2, 1, 70, 90, 24, 24), suite.BF16, Causal(), density=0.9, mask_shape=(70, 90), bias=(1, 1, 1, 90), relative=(1, 2)
+    )
+    outputs = []
+    for seed in range(3):
+        for library in libraries:
+            library.set_seed(seed)
+        outputs.append(suite.check(kernels, case))
+    for name, first in outputs[0].items():
+        assert all(torch.equal(first, other[name]) for other in outputs[1:]), name
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"q": torch.zeros(1, 2, 3, 300), "k": torch.zeros(1, 1, 5, 300)}, "head dims must be 1 to 256; got D 300, Dv 8"),
+        ({"q": torch.zeros(1, 2, 3, 8).double()}, "attention: q must be float32, bfloat16, float16; got float64"),
+        ({"k": torch.zeros(1, 1, 5, 7)}, r"attention: k must be \(B, Hkv, Tk, D\) = \(1, 1, 5, 8\); got \(1, 1, 5, 7\)"),
+        ({"v": torch.zeros(1, 1, 8, 5).mT}, "attention: v must be contiguous in its last dimension; got stride 5"),
+        ({"q": torch.zeros(1, 3, 3, 8), **dict.fromkeys("kv", torch.zeros(1, 2, 5, 8))}, "k has 2 heads, which must divide"),
+        ({"bias": torch.zeros(1, 2, 3, 4)}, r"attention: bias must be \(B\|1, H\|1, Tq\|1, Tk\|1\)"),
+        ({"relative": torch.zeros(1, 1, 6)}, "attention: relative must be"),
+        ({"sinks": torch.zeros(3)}, r"attention: sinks must be \(H\) = \(2\); got \(3\)"),
+        ({"row_ptr": torch.zeros(2, dtype=torch.int64)}, r"row_ptr must be \(sets \* .* \+ 1\) = \(3\)"),
+        ({"dropout_p": 1.5}, r"attention: dropout_p must be in \[0, 1\]; got 1.5"),
+        ({"o": torch.zeros(1, 2, 3, 7)}, r"attention: o must be \(B, H, Tq, Dv\) = \(1, 2, 3, 8\); got \(1, 2, 3, 7\)"),
+    ],
+)  # fmt: skip
+def test_emulated_errors(kernels, change, text):
+    args = {"q": torch.zeros(1, 2, 3, 8), "k": torch.zeros(1, 1, 5, 8), "v": torch.zeros(1, 1, 5, 8)}
+    args |= dict.fromkeys(("bias", "relative", "sinks")) | {"left": -1, "right": -1, "offset": 0}
+    args |= dict.fromkeys(("row_ptr", "cols", "ids", "bits")) | {"set_b": 1, "set_h": 1, "scale": 0.3, "softcap": 0.0}
+    args |= {"dropout_p": 0.0, "seed": 0, "o": torch.zeros(1, 2, 3, 8), "lse": None} | change
+    with pytest.raises(ValueError, match=text):
+        kernels[0](*args.values())
 
 
 def test_schedule_on_device_lists_pairs_both_ways():

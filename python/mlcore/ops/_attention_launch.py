@@ -60,7 +60,7 @@ def lean_fwd(q, k, v, right, offset, scale, lse=None):
 def lean_bwd(q, k, v, right, offset, scale, o, lse, d_o):
     """dq, dk, dv of lean_fwd's call."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    _cpu_bwd(q, k, v, *_band(right, offset, scale), o, lse, d_o, None, dq, dk, dv, None, None)
+    _cpu_bwd(q, k, v, *_band(right, offset, scale), o, lse, d_o, None, dq, dk, dv, None, None, None)
     return dq, dk, dv
 
 
@@ -112,7 +112,7 @@ def bwd_launch(
     bwd(
         q, k, v, bias, relative, sinks, *_schedule(q, k, tensors, spec, impl), scale, softcap, dropout_p, number,
         o, lse, _inner_contiguous(d_o), d_lse, dq, dk, dv, dbias if per_key else None,
-        drelative if need_drelative else None,
+        drelative if need_drelative else None, torch.empty_like(lse[0]),
     )  # fmt: skip
     if need_dbias:
         dbias = _reduced_dbias(dbias, bias, lse, d_lse, per_key)
