@@ -309,11 +309,13 @@ struct Visits {
 };
 
 void bwd(const Args& a, const DLTensor* o_, const DLTensor* lse_, const DLTensor* d_o_, const DLTensor* d_lse_,
-         const DLTensor* dq_, const DLTensor* dk_, const DLTensor* dv_, const DLTensor* dbias_, const DLTensor* drelative_) {
+         const DLTensor* dq_, const DLTensor* dk_, const DLTensor* dv_, const DLTensor* dbias_, const DLTensor* drelative_,
+         const DLTensor* delta_) {
   AttentionProblem p = make_problem(a);
   const std::vector<float> relative = set_relative(a, p);
   const Tensor o(o_, kOp, "o"), lse(lse_, kOp, "lse"), d_o(d_o_, kOp, "d_o"), d_lse(d_lse_, kOp, "d_lse"), dq(dq_, kOp, "dq"),
-      dk(dk_, kOp, "dk"), dv(dv_, kOp, "dv"), dbias(dbias_, kOp, "dbias"), drelative(drelative_, kOp, "drelative");
+      dk(dk_, kOp, "dk"), dv(dv_, kOp, "dv"), dbias(dbias_, kOp, "dbias"), drelative(drelative_, kOp, "drelative"),
+      own_delta(delta_, kOp, "delta");
   o.on(kDLCPU).dtype_in({p.dtype}).shape_is({p.B, p.H, p.Tq, p.Dv}, "(B, H, Tq, Dv)");
   d_o.on(kDLCPU).dtype_in({p.dtype}).shape_is({p.B, p.H, p.Tq, p.Dv}, "(B, H, Tq, Dv)");
   set_lse(p, lse);
@@ -359,9 +361,11 @@ void bwd(const Args& a, const DLTensor* o_, const DLTensor* lse_, const DLTensor
   const int64_t padded_D = round_up_to(p.D, kernels.width);
   const int64_t delta_floats = round_up_to(rows, 16), sum_floats = in_place ? 0 : round_up_to(rows * padded_D, 16);
   float* delta = shared_scratch.floats(delta_floats + sum_floats + plan.threads * scratch_floats);
-  float* own = delta + delta_floats + sum_floats;
+  float *dq_sums = delta + delta_floats, *own = dq_sums + sum_floats;
+  if (own_delta.present())
+    delta = own_delta.on(kDLCPU).dtype_in({Dtype::f32}).shape_is({p.B, p.H, p.Tq}, "(B, H, Tq)").contiguous().data<float>();
   p.delta = delta;
-  p.dq_sum = in_place ? p.dq : Operand{delta + delta_floats, p.H * p.Tq * padded_D, p.Tq * padded_D, padded_D};
+  p.dq_sum = in_place ? p.dq : Operand{dq_sums, p.H * p.Tq * padded_D, p.Tq * padded_D, padded_D};
 
   parallel_for(rows, 256, [&](int64_t begin, int64_t end) {
     kernels.delta(p, d_lse.present() ? d_lse.data<float>() : nullptr, begin, end, delta);
@@ -411,10 +415,10 @@ int mlc_attention_bwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, c
                       const DLTensor* cols, const DLTensor* ids, const DLTensor* bits, int64_t set_b, int64_t set_h,
                       double scale, double softcap, double dropout_p, int64_t seed, const DLTensor* o, const DLTensor* lse,
                       const DLTensor* d_o, const DLTensor* d_lse, DLTensor* dq, DLTensor* dk, DLTensor* dv, DLTensor* dbias,
-                      DLTensor* drelative) {
+                      DLTensor* drelative, DLTensor* delta) {
   return mlcore::guard([&] {
     mlcore::bwd({q, k, v, bias, relative, sinks, row_ptr, cols, ids, bits, left, right, offset, set_b, set_h, scale, softcap,
                  dropout_p, seed},
-                o, lse, d_o, d_lse, dq, dk, dv, dbias, drelative);
+                o, lse, d_o, d_lse, dq, dk, dv, dbias, drelative, delta);
   });
 }

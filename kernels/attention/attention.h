@@ -17,6 +17,8 @@
 //   row_ptr (set_b * set_h * q_tiles + 1) int64, cols int32 rising in a row, ids int32: -1 a full tile, else the row of
 //   bits (n, 64) int64 whose word j has bit i set where query i of the tile sees key j.
 //   q_tiles is ceil(Tq / 64), or 1: the same for all query tiles.
+// On GPUs the list comes twice in the same arrays, by query tiles and then by key tiles: row_ptr (sets * (q_tiles + k_tiles) +
+// 1), a key tile's cols being query tiles. Tiles that the band hides must not be in it, and its numbers are not checked there.
 #ifndef MLCORE_ATTENTION_H_
 #define MLCORE_ATTENTION_H_
 
@@ -34,13 +36,13 @@ MLC_API int mlc_attention_fwd(const DLTensor* q, const DLTensor* k, const DLTens
 // may be NULL. dbias's last dimension must be Tk: of a bias that is the same for all keys the gradient is the sum of d_lse.
 // drelative (B, H, Tq + Tk - 1) fp32, contiguous, zeroed, may be NULL; it makes each (b, key head) the work of one thread.
 // sinks' gradient follows from o, lse and their gradients. dq, dk, dv: dtypes and shapes of q, k, v, contiguous in the last
-// dimension.
+// dimension. delta (B, H, Tq) fp32, contiguous: scratch; NULL on the CPU, which then takes its own.
 MLC_API int mlc_attention_bwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias,
                               const DLTensor* relative, const DLTensor* sinks, int64_t left, int64_t right, int64_t offset,
                               const DLTensor* row_ptr, const DLTensor* cols, const DLTensor* ids, const DLTensor* bits,
                               int64_t set_b, int64_t set_h, double scale, double softcap, double dropout_p, int64_t seed,
                               const DLTensor* o, const DLTensor* lse, const DLTensor* d_o, const DLTensor* d_lse, DLTensor* dq,
-                              DLTensor* dk, DLTensor* dv, DLTensor* dbias, DLTensor* drelative);
+                              DLTensor* dk, DLTensor* dv, DLTensor* dbias, DLTensor* drelative, DLTensor* delta);
 
 // A dense boolean mask (set_b, set_h, Tq|1, Tk), any strides, as a tile list, in two calls: the first fills codes
 // (sets, q_tiles, k_tiles) int32 with -2 (skip), -1 (full) or the row of bits, and counts (2) int64 with the number of listed

@@ -1,7 +1,8 @@
 """Every Triton kernel compiles to a cubin for sm_80, sm_90 and sm_100, without a GPU.
 
-kernels/<op>/<op>_triton.py lists its kernels in compile_specs(): (jit function, signature, constexprs, options) each. A jit
-function whose name ends in _kernel is an entry point and must be listed. Cubins are cached under build/triton.
+kernels/<op>/<op>_triton.py lists its kernels in compile_specs(): (jit function, signature, constexprs, options) each, and
+attributes of arguments where alignment decides what is compiled. A jit function whose name ends in _kernel is an entry point
+and must be listed. Cubins are cached under build/triton.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def test_every_kernel_is_listed(op):
 def test_compiles(op, capability, monkeypatch):
     if "TRITON_CACHE_DIR" not in os.environ:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
-    for kernel, signature, constexprs, options in _module(op).compile_specs():
-        source = ASTSource(kernel, signature=signature, constexprs=constexprs)
+    for kernel, signature, constexprs, options, *attrs in _module(op).compile_specs():
+        source = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=attrs[0] if attrs else None)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         shared = compiled.metadata.shared
         print(f"{op}.{kernel.__name__} sm_{capability} {constexprs}: {len(compiled.asm['cubin'])} bytes, {shared} shared")

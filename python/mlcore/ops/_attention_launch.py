@@ -6,14 +6,16 @@ import torch
 
 from .. import _C
 from .._registry import kernel
+from ._attention_device import on_device
 from ._attention_schedule import schedule
 
 _OP = "attention"
 _cpu_fwd, _cpu_bwd = _C.launch.attention_fwd, _C.launch.attention_bwd
 
 
-def _schedule(q, k, tensors, spec):
-    return schedule(spec, tensors, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+def _schedule(q, k, tensors, spec, impl):
+    made = schedule(spec, tensors, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    return made if impl == "cpu" else on_device(made, q.shape[2], k.shape[2], q.device)
 
 
 def _inner_contiguous(t):
@@ -39,7 +41,7 @@ def fwd_launch(q, k, v, bias, relative, sinks, seed, tensors, spec, scale, softc
     lse = new_lse(q)
     fwd = kernel(_OP, "fwd", impl)
     number = int(seed) if seed is not None else 0
-    fwd(q, k, v, bias, relative, sinks, *_schedule(q, k, tensors, spec), scale, softcap, dropout_p, number, o, lse)
+    fwd(q, k, v, bias, relative, sinks, *_schedule(q, k, tensors, spec, impl), scale, softcap, dropout_p, number, o, lse)
     return o, lse
 
 
@@ -58,7 +60,7 @@ def lean_fwd(q, k, v, right, offset, scale, lse=None):
 def lean_bwd(q, k, v, right, offset, scale, o, lse, d_o):
     """dq, dk, dv of lean_fwd's call."""
     dq, dk, dv = _new_gradients(q, k, v)
-    _cpu_bwd(q, k, v, *_band(right, offset, scale), o, lse, d_o, None, dq, dk, dv, None, None)
+    _cpu_bwd(q, k, v, *_band(right, offset, scale), o, lse, d_o, None, dq, dk, dv, None, None, None)
     return dq, dk, dv
 
 
@@ -87,9 +89,9 @@ def bwd_launch(q, k, v, bias, relative, sinks, seed, tensors, spec, scale, softc
     drelative = _new_drelative(q, k, need_drelative)
     number = int(seed) if seed is not None else 0
     bwd(
-        q, k, v, bias, relative, sinks, *_schedule(q, k, tensors, spec), scale, softcap, dropout_p, number,
+        q, k, v, bias, relative, sinks, *_schedule(q, k, tensors, spec, impl), scale, softcap, dropout_p, number,
         o, lse, _inner_contiguous(d_o), d_lse, dq, dk, dv, dbias,
-        drelative if need_drelative else None,
+        drelative if need_drelative else None, torch.empty_like(lse[0]),
     )  # fmt: skip
     dbias = _reduced_dbias(dbias, bias, lse, d_lse) if need_dbias else q.new_empty(0)
     if need_drelative:

@@ -419,7 +419,7 @@ def _dispatch(q, k, v, bias, relative, sinks, tensors, spec, scale, softcap, dro
                 f"attention: impl={impl!r} can't serve this call: head dims must be 1 to {_MAX_HEAD_DIM}; got {widest}"
             )
         backend = "reference"
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device) if dropout_p > 0 else None
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,)) if dropout_p > 0 else None  # on the CPU: reading it stops no device
     if bias is not None and bias.dtype == torch.float64 and backend != "reference":
         bias = bias.float()
     if backend == "reference":
