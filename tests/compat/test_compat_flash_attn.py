@@ -134,6 +134,42 @@ def test_cache(paged):
         assert torch.equal(got, want[:, a:b]) and torch.equal(lse, want_lse[:, :, a:b])
 
 
+@pytest.mark.parametrize("Tq", [1, 30])
+def test_some_sequences_of_a_cache_padded_on_the_left(Tq):
+    q, caches = torch.randn(B, Tq, H, D), [torch.randn(5, TK, HKV, D) for _ in range(2)]
+    chosen, starts = torch.tensor([3, 0], dtype=torch.int32), torch.tensor([0, 17], dtype=torch.int32)
+    new = [torch.randn(B, Tq, HKV, D) for _ in range(2)]
+    want = []
+    for b in range(B):
+        keys = [torch.cat([c[chosen[b], starts[b] : 50], x[b]])[None] for c, x in zip(caches, new)]
+        want.append(by_hand(q[b : b + 1], *keys, causal=True)[0])
+    before = [c[[1, 2, 4]].clone() for c in caches]
+    got = flash_attn.flash_attn_with_kvcache(
+        q, *caches, *new, cache_seqlens=50, cache_batch_idx=chosen, cache_leftpad=starts, causal=True, num_splits=7
+    )  # fmt: skip
+    close(got, torch.cat(want))
+    for cache, x, others in zip(caches, new, before):
+        assert torch.equal(cache[chosen.long(), 50 : 50 + Tq], x) and torch.equal(cache[[1, 2, 4]], others)
+
+
+def test_packed_queries_over_pages():
+    lengths, size = [20, 7, 30, 0, 3], 8
+    cu_k = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    cu_q = torch.tensor([0, 5, 5, 35, 36, 39], dtype=torch.int32)
+    q, k, v = torch.randn(39, H, D), torch.randn(60, HKV, D), torch.randn(60, HKV, D)
+    table, pages = torch.randperm(20).view(5, 4).int(), [torch.full((20, size, HKV, D), float("nan")) for _ in range(2)]
+    for n in range(5):
+        for t in range(lengths[n]):
+            for x, paged in zip((k, v), pages):
+                paged[table[n, t // size], t % size] = x[cu_k[n] + t]
+    want = flash_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 30, 30, causal=True)
+    leaves = [p.requires_grad_() for p in pages]
+    got = flash_attn.flash_attn_varlen_func(q, *leaves, cu_q, cu_k, 30, 30, causal=True, block_table=table)
+    assert torch.equal(got, want)
+    grads = torch.autograd.grad(got.sum(), leaves)
+    assert all(g.isfinite().all() and (g != 0).any() for g in grads)
+
+
 def test_padding_and_back():
     x = torch.randn(3, 7, 4, requires_grad=True)
     mask = torch.arange(7) < torch.tensor([7, 0, 3])[:, None]
@@ -177,6 +213,12 @@ def test_argument_names():
             ["block_table"],
         ),
         ("flash_attn_varlen_qkvpacked_func", ["qkv", "cu_seqlens", "max_seqlen"], []),
+        ("flash_attn_kvpacked_func", ["q", "kv"], []),
+        (
+            "flash_attn_varlen_kvpacked_func",
+            ["q", "kv", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"],
+            [],
+        ),
     ):
         assert list(inspect.signature(getattr(flash_attn, name)).parameters) == [*first, *common, *last]
 
@@ -185,11 +227,19 @@ def test_argument_names():
     ("call", "words"),
     [
         (lambda q, k, v: flash_attn.flash_attn_func(q, k, v, 0.1, return_attn_probs=True), "dropout_p must be 0"),
+        (lambda q, k, v: flash_attn.flash_attn_with_kvcache(q, k, v, num_splits=-4), "num_splits must not be negative; got -4"),
         (
-            lambda q, k, v: flash_attn.flash_attn_with_kvcache(q, k, v, cache_leftpad=torch.zeros(B)),
-            "cache_leftpad is not served",
+            lambda q, k, v: flash_attn.flash_attn_with_kvcache(
+                q, k, v, cache_batch_idx=torch.zeros(B).int(), block_table=torch.zeros(B, 1).int()
+            ),
+            "cache_batch_idx can't be given with block_table",
         ),
-        (lambda q, k, v: flash_attn.flash_attn_with_kvcache(q, k, v, num_splits=4), "num_splits must be 0 or 1; got 4"),
+        (
+            lambda q, k, v: flash_attn.flash_attn_varlen_func(
+                q[0], k, v, torch.tensor([0, 40]), torch.tensor([0, 91]), 40, 91, block_table=torch.zeros(1, 1).int()
+            ),
+            r"up to 91 keys in pages of 90; got \(1, 1\)",
+        ),
         (
             lambda q, k, v: flash_attn.flash_attn_varlen_func(
                 q[0], k[0], v[0], torch.tensor([0, 40]), torch.tensor([0, 90]), 30, 90

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from mlcore.ops import attention, attention_with_kvcache, rotate
+from mlcore import _C, testing
+from mlcore.ops import _attention_decode, attention, attention_with_kvcache, rotate
 from mlcore.patterns import Causal, Window
 
 B, H, HKV, T, D, DV = 3, 4, 2, 150, 24, 16
@@ -113,16 +114,116 @@ def test_every_key_without_causality():
     assert torch.equal(got, attention(q[:, :, :7], k[:, :, :100], v[:, :, :100]))
 
 
+LEVELS = [name[4:-1] for name in testing.available("attention") if name.startswith("cpu")]
+SHAPES = [  # H, Hkv, Tq, D, Dv, T
+    (4, 4, 1, 64, 64, 1000),
+    (8, 1, 1, 59, 111, 700),
+    (4, 2, 5, 128, 80, 239),
+    (2, 2, 16, 8, 8, 65),
+    (15, 1, 1, 256, 32, 130),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+def test_few_queries_have_the_bits_of_many(level, dtype, monkeypatch):
+    """The decoding kernel, its keys split over threads or not, against the kernels of a prefill."""
+    options = [{}, {"softcap": 3.0, "sinks": True}, {"alibi_slopes": True}, {"window": (70, None)}, {"causal": False}]
+    for (H, HKV, Tq, D, DV, T), given in zip(SHAPES, options):
+        given = {n: torch.rand(H) if x is True else x for n, x in given.items()}
+        q, k, v = (torch.randn(2, *s).to(dtype) for s in ((H, Tq, D), (HKV, T, D), (HKV, T, DV)))
+        call = {"cache_seqlens": torch.tensor([T, T - 7]), "return_lse": True, **given}
+        with testing.isa(level):
+            monkeypatch.setattr(_attention_decode, "_FEW", 0)
+            want = attention_with_kvcache(q, k, v, **call)
+            monkeypatch.setattr(_attention_decode, "_FEW", 16)
+            for threads in (1, 2):
+                before = torch.get_num_threads()
+                torch.set_num_threads(threads)
+                got = attention_with_kvcache(q, k, v, **call)
+                torch.set_num_threads(before)
+                assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_unseen_keys_are_not_read():
+    """NaN before and behind the window, and pages that the window left behind."""
+    q, k, v = tensors()
+    kc, vc, table = pages_of(k, v, 16)
+    kc[table], vc[table] = (torch.nn.functional.pad(t, (0, 0, 0, 10)).unflatten(2, (-1, 16)).transpose(1, 2) for t in (k, v))
+    want = attention_with_kvcache(q[:, :, -2:], k, v, cache_seqlens=T, window=(20, 0))
+    kc[table[:, :8]] = vc[table[:, :8]] = float("nan")
+    table[:, :8] = -5
+    assert torch.equal(attention_with_kvcache(q[:, :, -2:], kc, vc, cache_seqlens=T, window=(20, 0), page_table=table), want)
+    with pytest.raises(ValueError, match=r"page_table must name pages below 30; got -5 at \(0, 7\)"):
+        attention_with_kvcache(q[:, :, -2:], kc, vc, cache_seqlens=T, window=(21, 0), page_table=table)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("page", [None, 16])
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_int8_cache(dtype, page, impl):
+    """Rows are quantised as they are appended; what is attended to are int8 times scale, bit for bit."""
+    q, k, v = tensors(dtype)
+    k[1, 0, 3] = 0
+    shape = (B, HKV, T + 10) if page is None else (B * 10, HKV, 16)
+    table = None if page is None else torch.randperm(B * 10).view(B, 10)
+    kc, vc = torch.zeros(*shape, D, dtype=torch.int8), torch.zeros(*shape, DV, dtype=torch.int8)
+    scales = [torch.full(shape, float("nan")) for _ in range(2)]
+    options = {"page_table": table, "k_scale": scales[0], "v_scale": scales[1], "impl": impl}
+    got = [
+        attention_with_kvcache(q[:, :, a:b], kc, vc, k[:, :, a:b], v[:, :, a:b], cache_seqlens=a, **options)
+        for a, b in itertools.pairwise([0, 100, 101, 103, T])
+    ]
+    whole = []
+    for x, cache, scale in zip((k, v), (kc, vc), scales):
+        if page is not None:
+            cache, scale = (t[table].transpose(1, 2).flatten(2, 3) for t in (cache, scale))
+        cache, scale = cache[:, :, :T], scale[:, :, :T]
+        assert torch.equal(scale, x.float().abs().amax(-1) / 127)
+        whole.append(cache.float() * scale[..., None])
+        assert ((whole[-1] - x.float()).abs() <= scale[..., None] * 0.5001).all()
+    want = attention(q.float(), *whole, causal=True, impl=impl).to(dtype)
+    if impl is None:
+        assert torch.equal(torch.cat(got, 2), want)
+    torch.testing.assert_close(torch.cat(got, 2), want, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("Tq", [1, 20])
+def test_padding_on_the_left(Tq):
+    q, k, v = tensors()
+    starts = torch.tensor([0, 40, 149])
+    got = attention_with_kvcache(q[:, :, -Tq:], k, v, cache_seqlens=T, cache_starts=starts)
+    seen = (torch.arange(T) >= starts[:, None, None, None]) & torch.ones(T, T, dtype=torch.bool).tril()
+    want = attention(q[:, :, -Tq:], k, v, pattern=seen[:, :, -Tq:])
+    assert torch.equal(got, want)
+
+
+def test_registered_ops():
+    q, k, v = tensors()
+    lengths = torch.full((B,), T)
+    testing.check_op(
+        torch.ops.mlcore.attention_decode.default,
+        (q[:, :, :1], k, v, None, None, None, lengths, None, None, None, -1, 0, 0.3, 0.0),
+    )
+    torch.library.opcheck(
+        torch.ops.mlcore.attention_append.default, (k[:, :, :1], v[:, :, :1], None, lengths, k, v, None, None)
+    )
+    with pytest.raises(ValueError, match=r"lengths must include the 150 new keys; got 3"):
+        _C.attention_append(k, v, None, torch.full((B,), 3), k.clone(), v.clone(), None, None)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"k_scale": torch.ones(B, HKV, T)}, "k_scale must be given with an int8 k_cache, and only then"),
+        ({"cache_starts": torch.tensor([0, -1, 0])}, r"cache_starts must be \(B,\) = \(3,\) integers from 0"),
         ({"cache_seqlens": torch.tensor([1, 2])}, r"cache_seqlens must be \(B,\) = \(3,\) integers"),
         ({"cache_seqlens": T}, "the cache has room for 150 keys"),
         ({"v": None}, "k and v must be given together"),
         ({"k": torch.randn(B, 1, 2, D)}, "new keys and values must fit B = 3 and the cache"),
         ({"rotary_cos": torch.randn(T, 4)}, "rotary_cos and rotary_sin must be given together"),
         ({"rotary_cos": torch.randn(9, 4), "rotary_sin": torch.randn(9, 4)}, "rotary_cos must hold 12 positions; got 9"),
-        ({"page_table": torch.zeros(2, 2).long()}, r"page_table must be \(B, n\) with B = 3"),
+        ({"page_table": torch.zeros(2, 2).long()}, r"page_table must be \(B, n\) integers with B = 3"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

@@ -1,14 +1,54 @@
-"""Attention over a key-value cache: append, then attend. The same kernels as attention, so a token decoded alone has the bits
-that it has in a prefill."""
+"""Attention over a key-value cache: append, then attend. A token decoded alone has the bits that it has in a prefill.
+
+Few queries are served by a kernel of their own, which reads the cache where it lies (kernels/attention/attention_decode.cc);
+many, other devices and the reference by mlcore.ops.attention over what was gathered."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from ..patterns import Causal, Lengths, Pattern, Window
+from .._backend import choose
+from .._registry import direct, kernel, register, transformed
+from ..patterns import Causal, Dense, Lengths, Pattern, Window
 from .attention import attention
 
 _OP = "attention_with_kvcache"
+_FEW = 16  # queries of a key head that the decoding kernel serves at once: see README.md
+
+
+def _decode_launch(q, k_cache, v_cache, k_scale, v_scale, page_table, lengths, starts, slopes, sinks, left, right, *numbers):
+    o, lse = _decode_fake(q, k_cache, v_cache)
+    decode = kernel("attention", "decode", "cpu")
+    decode(q, k_cache, v_cache, k_scale, v_scale, page_table, lengths, starts, slopes, sinks, left, right, *numbers, o, lse)
+    return o, lse
+
+
+def _decode_fake(q, k_cache, v_cache, *_):
+    B, H, Tq, _ = q.shape
+    Dv = v_cache.shape[3]
+    o = torch.empty_strided((B, H, Tq, Dv), (Tq * H * Dv, Dv, H * Dv, 1), dtype=q.dtype, device=q.device)
+    return o, torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
+
+
+def _append_launch(k, v, page_table, lengths, *caches):
+    kernel("attention", "append", "cpu")(k, v, page_table, lengths, *caches)
+
+
+_decode = register(
+    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, Tensor? v_scale, Tensor? page_table, "
+    "Tensor lengths, Tensor? starts, Tensor? slopes, Tensor? sinks, int left, int right, float scale, float softcap) "
+    "-> (Tensor o, Tensor lse)",
+    launch=_decode_launch,
+    fake=_decode_fake,
+)
+_append = register(
+    "attention_append(Tensor k, Tensor v, Tensor? page_table, Tensor lengths, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> ()",
+    launch=_append_launch,
+    fake=lambda *_: None,
+)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
@@ -40,6 +80,9 @@ def attention_with_kvcache(
     *,
     cache_seqlens: torch.Tensor | int,
     page_table: torch.Tensor | None = None,
+    cache_starts: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
     causal: bool = True,
     rotary_cos: torch.Tensor | None = None,
@@ -56,15 +99,19 @@ def attention_with_kvcache(
 
     Sequence b holds n = cache_seqlens[b] keys; k and v are written at n, n + 1, ...; its queries are the last Tq of the
     n + Tnew positions. What the cache holds beyond them is not looked at. A row's bits don't depend on how many queries come at
-    once, nor on the other sequences: prefill and decoding token by token agree exactly.
+    once, nor on the other sequences, on pages or on threads: prefill and decoding token by token agree exactly.
 
     Args:
         q: (B, H, Tq, D).
-        k_cache, v_cache: (B, Hkv, S, D), (B, Hkv, S, Dv), written in place; with page_table (pages, Hkv, P, D): the pages that
-            a sequence uses are then gathered first, which costs a copy of what is attended to.
+        k_cache, v_cache: (B, Hkv, S, D), (B, Hkv, S, Dv), written in place; with page_table (pages, Hkv, P, D). Of q's dtype,
+            or int8 with scales: a row is then int8 times its scale, and appended rows are quantised with scale max|x| / 127.
         k, v: (B, Hkv, Tnew, D), (B, Hkv, Tnew, Dv): appended; None: the cache is complete.
         cache_seqlens: (B,) integers or one number: keys there before the call.
-        page_table: (B, n) integers: position t of sequence b is row t % P of page page_table[b, t // P].
+        page_table: (B, n) integers: position t of sequence b is row t % P of page page_table[b, t // P]. Up to 16 queries of a
+            key head read pages where they lie; for more they are gathered first. Sequences that use some rows of a larger
+            contiguous cache are pages of S: ``page_table=rows[:, None]``.
+        cache_starts: (B,) integers: keys before them are padding that no query sees. Positions count from 0 all the same.
+        k_scale, v_scale: (B, Hkv, S) or (pages, Hkv, P) float32, written in place: the scales of int8 caches.
         window: (left, right) around each query's position, None for no limit; left counts as in mlcore.patterns.Window.
         causal: a query sees no later key.
         rotary_cos, rotary_sin: (positions, R): q and k are rotated at their positions (see rotate) before k is written.
@@ -77,13 +124,52 @@ def attention_with_kvcache(
     Raises:
         ValueError: shapes break the rules above, or the cache has no room for k.
     """
-    B, H, Tq, _ = q.shape
+    lengths, total, longest, page_table, starts = _checked(
+        q, k_cache, v_cache, k, v, cache_seqlens, page_table, cache_starts, k_scale, v_scale
+    )
+    Tq = q.shape[2]
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise ValueError(f"{_OP}: rotary_cos and rotary_sin must be given together")
+    if rotary_cos is not None:
+        if rotary_cos.shape[0] < longest:
+            raise ValueError(f"{_OP}: rotary_cos must hold {longest} positions; got {rotary_cos.shape[0]}")
+        q = rotate(q, *_at(rotary_cos, rotary_sin, (total - Tq).clamp(min=0), Tq), rotary_interleaved)
+        if k is not None:
+            k = rotate(k, *_at(rotary_cos, rotary_sin, lengths, k.shape[2]), rotary_interleaved)
+    with torch.no_grad():
+        native = not transformed() and choose("attention", impl, q) == "cpu"
+        caches = (k_cache, v_cache, k_scale, v_scale)
+        native = native and k_cache.stride(-1) == v_cache.stride(-1) == 1
+        if k is not None:
+            _store(native, k, v, lengths, total, page_table, caches)
+        around = (None, None) if window is None else window
+        few = q.shape[1] * Tq <= _FEW * k_cache.shape[1]
+        if native and few and min(q.shape[3], v_cache.shape[3]) >= 1 and max(q.shape[3], v_cache.shape[3]) <= 256:
+            o, lse = _few_queries(q, caches, page_table, total, starts, alibi_slopes, sinks, around, causal, scale, softcap)
+        else:
+            pattern = Lengths(total, None, _around(causal, around))
+            if starts is not None:
+                pattern = pattern & Dense((torch.arange(longest) >= starts[:, None])[:, None, None])
+            relative = None
+            if alibi_slopes is not None:  # distances from each sequence's own end
+                distance = (torch.arange(Tq + longest - 1) - (total[:, None, None] - 1)).abs().to(q.device)
+                relative = -alibi_slopes.float().reshape(-1, q.shape[1], 1) * distance
+            keys, values = (_gathered(*c, page_table, longest) for c in zip(caches[:2], caches[2:]))
+            options = {"scale": scale, "softcap": softcap, "sinks": sinks, "return_lse": True, "impl": impl}
+            o, lse = attention(q.to(keys.dtype), keys, values, pattern=pattern, relative=relative, **options)
+            o = o.to(q.dtype)
+    return (o, lse) if return_lse else o
+
+
+def _checked(q, k_cache, v_cache, k, v, cache_seqlens, page_table, cache_starts, k_scale, v_scale):
+    """(keys before the call, after it, the most of them, page_table and starts as int64 or None)."""
+    B = q.shape[0]
     lengths = cache_seqlens if isinstance(cache_seqlens, torch.Tensor) else torch.full((B,), cache_seqlens, dtype=torch.int64)
     if tuple(lengths.shape) != (B,) or lengths.is_floating_point():
         raise ValueError(f"{_OP}: cache_seqlens must be (B,) = ({B},) integers; got {lengths.dtype}, {tuple(lengths.shape)}")
     if (k is None) != (v is None):
         raise ValueError(f"{_OP}: k and v must be given together")
-    lengths = lengths.to("cpu", torch.int64)
+    lengths = lengths.to("cpu", torch.int64).contiguous()
     added = 0 if k is None else k.shape[2]
     total = lengths + added
     longest = int(total.max()) if B else 0
@@ -94,60 +180,60 @@ def attention_with_kvcache(
         )
     if page_table is None and k_cache.shape[0] != B:
         raise ValueError(f"{_OP}: k_cache must be for B = {B} sequences; got {k_cache.shape[0]}")
-    if page_table is not None and (page_table.dim() != 2 or page_table.shape[0] != B):
-        raise ValueError(f"{_OP}: page_table must be (B, n) with B = {B}; got {tuple(page_table.shape)}")
-    if (rotary_cos is None) != (rotary_sin is None):
-        raise ValueError(f"{_OP}: rotary_cos and rotary_sin must be given together")
-    if rotary_cos is not None:
-        if rotary_cos.shape[0] < longest:
-            raise ValueError(f"{_OP}: rotary_cos must hold {longest} positions; got {rotary_cos.shape[0]}")
-        q = rotate(q, *_at(rotary_cos, rotary_sin, (total - Tq).clamp(min=0), Tq), rotary_interleaved)
-        if k is not None:
-            k = rotate(k, *_at(rotary_cos, rotary_sin, lengths, added), rotary_interleaved)
-    with torch.no_grad():
-        if k is not None:
-            _append(k_cache, k, lengths, page_table)
-            _append(v_cache, v, lengths, page_table)
-        if page_table is None:
-            keys, values = k_cache[:, :, :longest], v_cache[:, :, :longest]
-        else:
-            pages = page_table[:, : -(-longest // k_cache.shape[2])].to(k_cache.device, torch.int64)
-            keys, values = (c[pages].transpose(1, 2).flatten(2, 3)[:, :, :longest] for c in (k_cache, v_cache))
-        relative = None
-        if alibi_slopes is not None:  # distances from each sequence's own end
-            distance = (torch.arange(Tq + longest - 1) - (total[:, None, None] - 1)).abs()
-            relative = -alibi_slopes.float().reshape(-1, H, 1) * distance
-        options = {"scale": scale, "softcap": softcap, "return_lse": True, "impl": impl}
-        groups = H // max(k_cache.shape[1], 1)
-        if Tq == 1 and groups > 1 and relative is None and sinks is None:  # heads of a group are rows of one tile
-            packed = q.reshape(B, k_cache.shape[1], groups, q.shape[3])
-            o, lse = attention(packed, keys, values, pattern=_single(total, longest, window), **options)
-            o, lse = o.reshape(B, H, 1, o.shape[3]), lse.reshape(B, H, 1)
-        else:
-            pattern = Lengths(total, None, _around(causal, window))
-            if bool((total < Tq).any()):  # queries before the first key see nothing
-                pattern = pattern & Lengths(total)
-            o, lse = attention(q, keys, values, pattern=pattern, relative=relative, sinks=sinks, **options)
-    return (o, lse) if return_lse else o
+    if page_table is not None:
+        if page_table.dim() != 2 or page_table.shape[0] != B or page_table.is_floating_point():
+            raise ValueError(
+                f"{_OP}: page_table must be (B, n) integers with B = {B}; got {page_table.dtype}, {tuple(page_table.shape)}"
+            )
+        page_table = page_table.to("cpu", torch.int64).contiguous()
+    if cache_starts is not None:
+        if tuple(cache_starts.shape) != (B,) or cache_starts.is_floating_point() or (B and int(cache_starts.min()) < 0):
+            raise ValueError(f"{_OP}: cache_starts must be (B,) = ({B},) integers from 0; got {cache_starts}")
+        cache_starts = cache_starts.to("cpu", torch.int64).contiguous()
+    for name, cache, scale in (("k", k_cache, k_scale), ("v", v_cache, v_scale)):
+        if (scale is not None) != (cache.dtype == torch.int8):
+            raise ValueError(f"{_OP}: {name}_scale must be given with an int8 {name}_cache, and only then")
+        if scale is not None and (tuple(scale.shape) != tuple(cache.shape[:3]) or scale.dtype != torch.float32):
+            raise ValueError(
+                f"{_OP}: {name}_scale must be {tuple(cache.shape[:3])} float32; got {scale.dtype}, {tuple(scale.shape)}"
+            )
+    return lengths, total, longest, page_table, cache_starts
+
+
+def _few_queries(q, caches, page_table, total, starts, slopes, sinks, around, causal, scale, softcap):
+    """(o, lse) by the decoding kernel."""
+    B, H, _, D = q.shape
+    if slopes is not None:
+        if tuple(slopes.shape) not in ((H,), (B, H)) or not slopes.is_floating_point():
+            raise ValueError(f"{_OP}: alibi_slopes must be (H,) or (B, H) = ({B}, {H}); got {tuple(slopes.shape)}")
+        slopes = slopes.float().reshape(-1, H).contiguous()
+    sinks = None if sinks is None else sinks.float().contiguous()
+    left, right = (-1 if n is None else n for n in around)
+    scale, softcap = 1.0 / math.sqrt(D) if scale is None else float(scale), 0.0 if softcap is None else float(softcap)
+    if softcap < 0 or (around[0] or 0) < 0 or (around[1] or 0) < 0:
+        raise ValueError(f"{_OP}: softcap and window must not be negative; got {softcap}, {around}")
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    decode = _decode_launch if direct(q, *caches, total) else _decode
+    return decode(
+        q, *caches, page_table, total, starts, slopes, sinks, left, 0 if causal else right, scale, softcap
+    )  # fmt: skip
+
+
+def _gathered(cache, scale, page_table, longest):
+    """(B, Hkv, longest, D) of a cache; of an int8 one in float32."""
+    if page_table is not None:
+        pages = page_table[:, : -(-longest // cache.shape[2])].to(cache.device)
+        cache = cache[pages].transpose(1, 2).flatten(2, 3)
+        scale = None if scale is None else scale[pages].transpose(1, 2).flatten(2, 3)
+    cache = cache[:, :, :longest]
+    return cache if scale is None else cache.float() * scale[:, :, :longest, None]
 
 
 def _around(causal: bool, window) -> Pattern | None:
     inside = Causal() if causal else None
-    if window is not None and window != (None, None):
+    if window != (None, None):
         inside = Window(*window) if inside is None else inside & Window(*window)
     return inside
-
-
-def _single(total, longest, window):
-    """What the one last query of each sequence sees: the same for all rows. None is everything."""
-    left = None if window is None else window[0]
-    if left is None and bool((total == longest).all()):
-        return None
-    j = torch.arange(longest)
-    seen = j < total[:, None]
-    if left is not None:
-        seen &= j >= total[:, None] - 1 - left
-    return seen[:, None, None]
 
 
 def _at(cos, sin, start, count):
@@ -156,18 +242,26 @@ def _at(cos, sin, start, count):
     return cos[positions][:, None], sin[positions][:, None]
 
 
-def _append(cache, new, lengths, page_table):
-    count = new.shape[2]
-    B, fits = lengths.shape[0], (new.shape[1], new.shape[3], new.dtype) == (cache.shape[1], cache.shape[3], cache.dtype)
-    if not fits or new.shape[0] != B:
-        raise ValueError(
-            f"{_OP}: new keys and values must fit B = {B} and the cache {tuple(cache.shape)} {cache.dtype}; "
-            f"got {tuple(new.shape)} {new.dtype}"
-        )
-    positions = lengths[:, None] + torch.arange(count)
-    if page_table is None:
-        cache[torch.arange(B)[:, None], :, positions] = new.transpose(1, 2)
-    else:
-        size = cache.shape[2]
-        pages = torch.gather(page_table.long(), 1, positions // size)
-        cache[pages, :, positions % size] = new.transpose(1, 2)
+def _store(native, k, v, lengths, total, page_table, caches):
+    """Writes k and v behind what the caches hold."""
+    B, kinds = lengths.shape[0], [k.dtype, torch.int8]
+    for new, cache in ((k, caches[0]), (v, caches[1])):
+        fits = (new.shape[1], new.shape[3]) == (cache.shape[1], cache.shape[3]) and cache.dtype in kinds
+        if not fits or new.shape[0] != B or new.shape[2] != k.shape[2] or new.dtype != k.dtype:
+            raise ValueError(
+                f"{_OP}: new keys and values must fit B = {B} and the cache {tuple(cache.shape)} {cache.dtype}; "
+                f"got {tuple(new.shape)} {new.dtype}"
+            )
+    if native:
+        k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
+        return (_append_launch if direct(k, v, *caches) else _append)(k, v, page_table, total, *caches)
+    count = k.shape[2]
+    positions, size = lengths[:, None] + torch.arange(count), caches[0].shape[2]
+    pages = torch.arange(B)[:, None] if page_table is None else torch.gather(page_table, 1, positions // size)
+    for new, cache, scale in zip((k, v), caches[:2], caches[2:]):
+        new, rows = new.transpose(1, 2), (pages, slice(None), positions % size)
+        if scale is not None:
+            scale[rows] = amax = new.float().abs().amax(-1) / 127.0
+            new = (new.float() / torch.where(amax > 0, amax, 1.0).unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+        cache[rows] = new
+    return None
