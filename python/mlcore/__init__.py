@@ -9,7 +9,7 @@ mlcore.show_config()                             # what is usable on this machin
 
 import torch  # noqa: F401  first, so that its OpenMP runtime is the one in the process
 
-from . import nn, ops, patterns
+from . import nn, ops, patterns, quant
 from ._accelerate import accelerate
 from ._backend import explain, show_config
 
@@ -21,5 +21,6 @@ __all__ = [
     "nn",
     "ops",
     "patterns",
+    "quant",
     "show_config",
 ]
