@@ -159,9 +159,11 @@ void fwd(const DLTensor* x_, const DLTensor* codes, const DLTensor* scales, cons
       for (int64_t t = i * pack_grain; t < std::min((i + 1) * pack_grain, now); ++t) kernels.pack(p, t, s);
     });
     const int64_t cuts = ceil_div(now, part);
-    for_items(blocks * cuts, private_floats, own, [&](int64_t i, float* s) {
-      const int64_t panel = i / cuts * panels, t = i % cuts * part;
-      kernels.run(p, panel, std::min(panel + panels, p.w.panels), t, std::min(t + part, now), s);
+    // Neighbouring blocks go to one thread, which asks for the next one's weights while it works; eight items a thread balance.
+    const int64_t stretch = std::max<int64_t>(blocks * cuts / (8 * threads), 1), stretches = ceil_div(blocks, stretch);
+    for_items(stretches * cuts, private_floats, own, [&](int64_t i, float* s) {
+      const int64_t panel = i / cuts * stretch * panels, t = i % cuts * part;
+      kernels.run(p, panel, std::min(panel + stretch * panels, p.w.panels), t, std::min(t + part, now), s);
     });
   }
   shared_scratch.release_if_large();

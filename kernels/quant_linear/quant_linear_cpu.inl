@@ -7,6 +7,7 @@
 #include "quant_linear/quant_linear_decode.h"
 #include "quant_linear/quant_linear_dot.h"
 #include "quant_linear/quant_linear_epilogue.h"
+#include "quant_linear/quant_linear_few.h"
 #include "quant_linear/quant_linear_kernels.h"
 
 namespace mlcore::MLC_ISA {
@@ -33,8 +34,19 @@ inline auto with_dot(const QuantLinear& p, F&& body) {
   return body(WideDot{});
 }
 
+// True where few_tile() serves the problem: few rows, codes of 1, 2 or 4 bits, one codebook at most.
+template <class Dot>
+bool in_registers(const QuantLinear& p) {
+#if defined(MLC_ISA_AVX512)
+  if (Dot::kPairs || p.M > kMostFew || (p.w.bits & (p.w.bits - 1)) != 0 || p.w.bits == 8) return false;
+  return Dot::kInteger ? !p.w.codebook8 : p.w.table_rows >= p.w.N;
+#else
+  return false;
+#endif
+}
+
 int tile_rows(const QuantLinear& p) {
-  return with_dot(p, [](auto dot) { return decltype(dot)::kRows; });
+  return with_dot(p, [&](auto dot) { return in_registers<decltype(dot)>(p) ? kFewRows : decltype(dot)::kRows; });
 }
 int panels(const QuantLinear& p) { return p.M == 1 ? kPanelsOfOne : kPanels; }
 
@@ -91,7 +103,7 @@ void pack_tile(const QuantLinear& p, int64_t t, float* scratch) {
   uint32_t* a = reinterpret_cast<uint32_t*>(p.a) + first * (p.int8 ? w.K_padded / 4 : w.K_padded);
   for (int64_t i = 0; i < rows; ++i) {
     const T* x = row<T>(p.x, p.row0 + first + i);
-    for_row(w.K, [&](int64_t k, int n) { load_some(x + k, n).store_n(scratch + k, n); });
+    for_row(w.K, [&](int64_t k, int n) { store_some(scratch + k, load_some(x + k, n), n); });
     if (!p.int8) {
       for (int64_t g = 0, at = 0; at < w.K_padded; ++g, at += w.group_padded) {
         const int64_t k0 = g * w.group_size, n = min(w.group_size, w.K - k0), end = min(w.group_padded, w.K_padded - at);
@@ -154,51 +166,146 @@ void multiply(int rows, int64_t panels, const Tile& t) {
   }
 }
 
+// What an item works with: its rows and panels, and memory of its thread.
+struct Item {
+  int64_t panel_begin, panel_end, tile_begin, tile_end, row_begin, columns;
+  char* units = nullptr;
+  uint8_t* bytes = nullptr;
+  float* c = nullptr;          // (rows, columns)
+  int32_t* partial = nullptr;  // (rows, columns)
+};
+
+// Where the segments' weights stand for the rows of tile t, but for b.
+template <class Dot>
+Tile tile_of(const QuantLinear& p, const Item& item, const QuantSegment& part, int64_t t) {
+  const QuantWeight& w = p.w;
+  const int64_t first = t * p.tile, rows = min(p.tile, p.rows - first), units = w.K_padded / (Dot::kInteger ? 4 : 1);
+  const int64_t at = (item.panel_begin * w.groups + part.group) * kPanelRows, c = (first - item.row_begin) * item.columns;
+  constexpr int64_t kPer = Dot::kInteger ? 4 : 1;  // codes a unit has
+  return {p.a + 4 * (first * units + part.k / kPer * rows),
+          nullptr,
+          0,
+          part.length / kPer,
+          item.c + c,
+          item.partial + c,
+          item.columns,
+          w.scales + at,
+          w.zeros ? w.zeros + at : nullptr,
+          w.groups * kPanelRows,
+          w.offset,
+          p.sums + first * p.runs + part.run * rows,
+          part.first,
+          part.last,
+          part.run == 0};
+}
+
+#if defined(MLC_ISA_AVX512)
+template <class Dot>
+void run_few(const QuantLinear& p, const Item& item) {
+  const QuantWeight& w = p.w;
+  const __m512 table = value_table(w, 0);
+  const int64_t panels = item.panel_end - item.panel_begin;
+  for (int64_t i = item.tile_begin; i < item.tile_end; ++i)
+    for (int64_t s = 0; s < p.segment_count; ++s) {
+      const QuantSegment& part = p.segments[s];
+      const int rows = static_cast<int>(min(p.tile, p.rows - i * p.tile));
+      Tile t = tile_of<Dot>(p, item, part, i);
+      t.b = reinterpret_cast<const char*>(w.panel(item.panel_begin)) + part.k * 2 * w.bits, t.b_stride = w.panel_bytes;
+      t.units = part.length / 4;
+      switch (w.bits) {
+        case 4: any_few_tile<Dot, 2>(rows, panels, t, table); break;
+        case 2: any_few_tile<Dot, 4>(rows, panels, t, table); break;
+        default: any_few_tile<Dot, 8>(rows, panels, t, table); break;
+      }
+    }
+}
+#endif
+
+// Lines that are asked for while something else is multiplied: a few before each tile.
+struct Ahead {
+  const uint8_t* codes;  // of the first panel, at the next chunk
+  int64_t stride, panels, lines, each;
+
+  Ahead(const QuantWeight& w, const Item& item, int64_t k, int64_t length) : stride(w.panel_bytes) {
+    const int64_t next = k + length < w.K_padded ? k + length : 0;
+    const int64_t panel = next ? item.panel_begin : item.panel_end;  // the next chunk, or the next panels
+    panels = min(item.panel_end - item.panel_begin, w.panels - panel);
+    codes = w.panel(panel) + next * 2 * w.bits, lines = min(length, w.K_padded - next) * 2 * w.bits / kUnit;
+    each = ceil_div(lines, item.tile_end - item.tile_begin);
+  }
+  void fetch(int64_t tile) const {
+    const int64_t end = min((tile + 1) * each, lines);
+    for (int64_t j = 0; j < panels; ++j)
+      for (int64_t line = tile * each; line < end; ++line) __builtin_prefetch(codes + j * stride + line * kUnit, 0, 2);
+  }
+};
+
+template <class Dot>
+void run_many(const QuantLinear& p, const Item& item) {
+  const int64_t count = item.panel_end - item.panel_begin, chunk = chunk_of(p);
+  for (int64_t s = 0, e; s < p.segment_count; s = e) {
+    const int64_t k = p.segments[s].k;
+    for (e = s + 1; e < p.segment_count && p.segments[e].k + p.segments[e].length - k <= chunk;) ++e;
+    const int64_t length = p.segments[e - 1].k + p.segments[e - 1].length - k;
+    int64_t stride;
+    const char* b = decode<Dot>(p, s, e, item.panel_begin, item.panel_end, item.units, item.bytes, &stride);
+    const Ahead ahead(p.w, item, k, length);
+    for (int64_t t = item.tile_begin; t < item.tile_end; ++t) {
+      ahead.fetch(t - item.tile_begin);
+      if (t + 1 < item.tile_end) {  // its part of x begins a new stretch of memory
+        const char* a = tile_of<Dot>(p, item, p.segments[s], t + 1).a;
+        const int64_t bytes = length * min(p.tile, p.rows - (t + 1) * p.tile) * (Dot::kInteger ? 1 : 4);
+        for (int64_t line = 0; line < bytes; line += kUnit) __builtin_prefetch(a + line, 0, 3);
+      }
+      for (int64_t i = s; i < e; ++i) {
+        Tile part = tile_of<Dot>(p, item, p.segments[i], t);
+        part.b = b + (p.segments[i].k - k) / (Dot::kInteger ? 4 : 1) * kUnit, part.b_stride = stride;
+        multiply<Dot>(static_cast<int>(min(p.tile, p.rows - t * p.tile)), count, part);
+      }
+    }
+  }
+}
+
+template <class Dot>
+void run_panels(const QuantLinear& p, const Item& item) {
+#if defined(MLC_ISA_AVX512)
+  if constexpr (!Dot::kPairs)
+    if (in_registers<Dot>(p)) return run_few<Dot>(p, item);
+#endif
+  run_many<Dot>(p, item);
+}
+
 template <class Dot>
 void run_item(const QuantLinear& p, int64_t panel_begin, int64_t panel_end, int64_t tile_begin, int64_t tile_end,
               float* scratch) {
   const QuantWeight& w = p.w;
-  const int64_t count = panel_end - panel_begin, columns = count * kPanelRows, chunk = chunk_of(p);
-  const int64_t row_begin = tile_begin * p.tile, row_end = min(tile_end * p.tile, p.rows);
-  char* units = reinterpret_cast<char*>(scratch);
+  const int64_t chunk = chunk_of(p), row_begin = tile_begin * p.tile, rows = min(tile_end * p.tile, p.rows) - row_begin;
+  Item item{panel_begin, panel_end, tile_begin, tile_end, row_begin, (panel_end - panel_begin) * kPanelRows};
+  item.units = reinterpret_cast<char*>(scratch);
   scratch += panels(p) * kPanelRows * chunk / (p.int8 ? 4 : 1);
-  uint8_t* bytes = reinterpret_cast<uint8_t*>(scratch);
-  scratch += chunk * 4;
-  float* c = scratch;  // (rows, columns)
-  int32_t* partial = reinterpret_cast<int32_t*>(c + (row_end - row_begin) * columns);
-  float* factor = c + 2 * (row_end - row_begin) * columns;  // (columns)
-  memset(c, 0, sizeof(float) * static_cast<size_t>((row_end - row_begin) * columns));
-  for (int64_t s = 0, e; s < p.segment_count; s = e) {
-    const int64_t k = p.segments[s].k;
-    for (e = s + 1; e < p.segment_count && p.segments[e].k + p.segments[e].length - k <= chunk;) ++e;
-    int64_t stride;
-    const char* b = decode<Dot>(p, s, e, panel_begin, panel_end, units, bytes, &stride);
-    for (int64_t t = tile_begin; t < tile_end; ++t) {
-      const int64_t first = t * p.tile, rows = min(p.tile, p.rows - first);
-      const char* a = p.a + first * (Dot::kInteger ? w.K_padded : 4 * w.K_padded);
-      for (int64_t i = s; i < e; ++i) {
-        const QuantSegment& part = p.segments[i];
-        constexpr int64_t kPer = Dot::kInteger ? 4 : 1;  // codes a unit has
-        const int64_t at = (panel_begin * w.groups + part.group) * kPanelRows, c_at = (first - row_begin) * columns;
-        multiply<Dot>(static_cast<int>(rows), count,
-                      {a + part.k / kPer * rows * 4, b + (part.k - k) / kPer * kUnit, stride, part.length / kPer, c + c_at,
-                       partial + c_at, columns, w.scales + at, w.zeros ? w.zeros + at : nullptr, w.groups * kPanelRows,
-                       w.offset, p.sums + first * p.runs + part.run * rows, part.first, part.last});
-      }
-    }
-  }
-  if (p.table_scale && p.int8)
-    for (int64_t i = 0; i < columns; ++i) factor[i] = p.table_scale[w.table(panel_begin * kPanelRows + i) >> w.bits];
-  const int64_t n0 = panel_begin * kPanelRows, width = min(columns, w.N - n0);
+  item.bytes = reinterpret_cast<uint8_t*>(scratch);
+  item.c = scratch + chunk * 4;
+  item.partial = reinterpret_cast<int32_t*>(item.c + rows * item.columns);
+  float* factor = item.c + 2 * rows * item.columns;  // (columns)
+  if (p.segment_count == 0) memset(item.c, 0, sizeof(float) * static_cast<size_t>(rows * item.columns));
+  run_panels<Dot>(p, item);
+  if (!p.table_scale) factor = nullptr;
+  for (int64_t i = 0; factor && i < item.columns; ++i)
+    factor[i] = p.table_scale[w.table(panel_begin * kPanelRows + i) >> w.bits];
+  const int64_t n0 = panel_begin * kPanelRows, width = min(item.columns, w.N - n0);
   with_type(p.dtype, [&](auto type) {
-    for (int64_t r = row_begin; r < row_end; ++r)
-      finish_row<decltype(type)>(p, p.row0 + r, n0, width, c + (r - row_begin) * columns,
-                                 p.table_scale && p.int8 ? factor : nullptr);
+    for (int64_t r = 0; r < rows; ++r)
+      finish_row<decltype(type)>(p, p.row0 + row_begin + r, n0, width, item.c + r * item.columns, factor);
   });
 }
 
+// Panels in turn, `panels(p)` at a time.
 void run(const QuantLinear& p, int64_t panel_begin, int64_t panel_end, int64_t tile_begin, int64_t tile_end, float* scratch) {
-  with_dot(p, [&](auto dot) { run_item<decltype(dot)>(p, panel_begin, panel_end, tile_begin, tile_end, scratch); });
+  const int64_t step = panels(p);
+  with_dot(p, [&](auto dot) {
+    for (int64_t panel = panel_begin; panel < panel_end; panel += step)
+      run_item<decltype(dot)>(p, panel, min(panel + step, panel_end), tile_begin, tile_end, scratch);
+  });
 }
 
 void dequantize(const QuantLinear& p, int64_t panel, float* scratch) {

@@ -1,6 +1,6 @@
 // Codes to what the products take: units of bytes (integer mode) or of floats. Included by quant_linear_cpu.inl only.
 #pragma once
-#include "core/simd/vec.h"
+#include "quant_linear/quant_linear_ivec.h"
 #include "quant_linear/quant_linear_kernels.h"
 
 namespace mlcore::MLC_ISA {
@@ -100,6 +100,18 @@ void look_up(const uint8_t* codes, int64_t vectors, __m512 table, const float* z
 }
 #endif
 
+#if defined(MLC_ISA_AVX512)
+// What codes of at most 4 bits stand for, by their lowest 4 bits; zero points are left to be subtracted.
+inline __m512 value_table(const QuantWeight& w, int64_t table) {
+  alignas(64) float values[16];
+  for (int i = 0; i < 16; ++i) {
+    const int q = i & ((1 << w.bits) - 1);
+    values[i] = w.codebook && !w.codebook8 ? w.codebook[table + q] : static_cast<float>(w.zeros ? q : q - w.offset);
+  }
+  return _mm512_load_ps(values);
+}
+#endif
+
 // Values of codes [k, k + length) of a panel, before they are scaled: out (length, 16). They lie within group g.
 inline void decode_floats(const QuantWeight& w, int64_t panel, int64_t k, int64_t length, int64_t g, uint8_t* bytes,
                           float* out) {
@@ -110,13 +122,9 @@ inline void decode_floats(const QuantWeight& w, int64_t panel, int64_t k, int64_
   }
 #if defined(MLC_ISA_AVX512)
   if (w.bits <= 4 && table[0] == table[15]) {
-    alignas(64) float values[16], zeros[16];
-    for (int i = 0; i < 16; ++i) {
-      const int q = i & ((1 << w.bits) - 1);
-      values[i] = w.codebook ? w.codebook[table[0] + q] : static_cast<float>(w.zeros ? q : q - w.offset);
-      zeros[i] = static_cast<float>(zero[i]);
-    }
-    const __m512 lookup = _mm512_load_ps(values);
+    alignas(64) float zeros[16];
+    for (int i = 0; i < 16; ++i) zeros[i] = static_cast<float>(zero[i]);
+    const __m512 lookup = value_table(w, table[0]);
     const float* subtract = w.zeros ? zeros : nullptr;
     const uint8_t* from = w.panel(panel) + k * 2 * w.bits;
     const int64_t vectors = length * 2 * w.bits / kUnit;
@@ -128,17 +136,25 @@ inline void decode_floats(const QuantWeight& w, int64_t panel, int64_t k, int64_
     }
   }
 #endif
-  unpack_codes(w, panel, k, length, bytes);
+  const uint8_t* units = bytes;
+  if (w.bits == 8)
+    units = w.panel(panel) + k * 16;
+  else
+    unpack_codes(w, panel, k, length, bytes);
   for (int64_t u = 0; u < length / 4; ++u) {
-    uint32_t words[16];
-    memcpy(words, bytes + u * kUnit, kUnit);
-    for (int i = 0; i < 4; ++i) {
-      float* to = out + (u * 4 + i) * 16;
-      if (w.codebook)
-        for (int c = 0; c < 16; ++c) to[c] = w.codebook[table[c] + static_cast<int32_t>((words[c] >> (8 * i)) & 255)];
-      else
-        for (int c = 0; c < 16; ++c) to[c] = static_cast<float>(static_cast<int32_t>((words[c] >> (8 * i)) & 255) - zero[c]);
+    float* to = out + u * kUnit;
+    if (!w.codebook) {
+      for (int c = 0; c < 16; c += Vec::W) {
+        const IVec word = IVec::load(units + u * kUnit + 4 * c);
+        const Vec minus = IVec::load(zero + c).to_float();
+        (word.byte<0>().to_float() - minus).store(to + c);
+        (word.byte<8>().to_float() - minus).store(to + 16 + c);
+        (word.byte<16>().to_float() - minus).store(to + 32 + c);
+        (word.byte<24>().to_float() - minus).store(to + 48 + c);
+      }
+      continue;
     }
+    for (int i = 0; i < kUnit; ++i) to[i % 4 * 16 + i / 4] = w.codebook[table[i / 4] + units[u * kUnit + i]];
   }
 }
 

@@ -5,67 +5,14 @@
 //   VnniDot    the same with vpdpbusd
 // Included by quant_linear_cpu.inl only.
 #pragma once
-#include "core/simd/vec.h"
+#include "core/simd/gemm.h"
+#include "quant_linear/quant_linear_ivec.h"
 
 namespace mlcore::MLC_ISA {
 namespace {
 
-// W lanes of int32, with the arithmetic of int32 that wraps.
-struct IVec {
-#if defined(MLC_ISA_AVX512)
-  __m512i v;
-  static IVec load(const void* p) { return {_mm512_loadu_si512(p)}; }
-  static IVec set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
-  static IVec widen(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
-  void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
-  IVec times(IVec o) const { return {_mm512_mullo_epi32(v, o.v)}; }
-  IVec minus(IVec o) const { return {_mm512_sub_epi32(v, o.v)}; }
-  Vec to_float() const { return {_mm512_cvtepi32_ps(v)}; }
-#elif defined(MLC_ISA_AVX2)
-  __m256i v;
-  static IVec load(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
-  static IVec set1(int32_t x) { return {_mm256_set1_epi32(x)}; }
-  static IVec widen(const uint8_t* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))}; }
-  void store(int32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-  IVec times(IVec o) const { return {_mm256_mullo_epi32(v, o.v)}; }
-  IVec minus(IVec o) const { return {_mm256_sub_epi32(v, o.v)}; }
-  Vec to_float() const { return {_mm256_cvtepi32_ps(v)}; }
-#else
-  uint32_t v[Vec::W];
-  template <class F>
-  static IVec each(F&& f) {
-    IVec r;
-    for (int i = 0; i < Vec::W; ++i) r.v[i] = static_cast<uint32_t>(f(i));
-    return r;
-  }
-  static IVec load(const void* p) {
-    IVec r;
-    memcpy(r.v, p, sizeof r.v);
-    return r;
-  }
-  static IVec set1(int32_t x) {
-    return each([&](int) { return x; });
-  }
-  static IVec widen(const uint8_t* p) {
-    return each([&](int i) { return p[i]; });
-  }
-  void store(int32_t* p) const { memcpy(p, v, sizeof v); }
-  IVec times(IVec o) const {
-    return each([&](int i) { return v[i] * o.v[i]; });
-  }
-  IVec minus(IVec o) const {
-    return each([&](int i) { return v[i] - o.v[i]; });
-  }
-  Vec to_float() const {
-    Vec r;
-    for (int i = 0; i < Vec::W; ++i) r.v[i] = static_cast<float>(static_cast<int32_t>(v[i]));
-    return r;
-  }
-#endif
-};
-
 struct FloatDot {
-  static constexpr bool kInteger = false;
+  static constexpr bool kInteger = false, kPairs = false;
   static constexpr int kRows = micro_rows(kPanelVecs);
   using Acc = Vec;
   using B = Vec;
@@ -78,7 +25,7 @@ struct FloatDot {
 #if defined(MLC_ISA_AVX512)
 #if !defined(MLC_EMULATE_AVX512)
 struct VnniDot {
-  static constexpr bool kInteger = true;
+  static constexpr bool kInteger = true, kPairs = false;
   static constexpr int kRows = micro_rows(kPanelVecs);
   using Acc = IVec;
   using B = __m512i;
@@ -92,7 +39,7 @@ struct VnniDot {
 };
 #endif
 struct WideDot {
-  static constexpr bool kInteger = true;
+  static constexpr bool kInteger = true, kPairs = true;
   static constexpr int kRows = 4;  // 16 accumulators, 8 factors of w and 2 of a
   struct Pair {
     __m512i even, odd;
@@ -114,7 +61,7 @@ struct WideDot {
   }
 };
 struct NarrowDot {
-  static constexpr bool kInteger = true;
+  static constexpr bool kInteger = true, kPairs = false;
   static constexpr int kRows = micro_rows(kPanelVecs);
   using Acc = IVec;
   using B = __m512i;
@@ -127,7 +74,7 @@ struct NarrowDot {
 };
 #elif defined(MLC_ISA_AVX2)
 struct WideDot {
-  static constexpr bool kInteger = true;
+  static constexpr bool kInteger = true, kPairs = true;
   static constexpr int kRows = 4;  // 8 accumulators, 4 factors of w and 2 of a
   struct Pair {
     __m256i even, odd;
@@ -149,7 +96,7 @@ struct WideDot {
   }
 };
 struct NarrowDot {
-  static constexpr bool kInteger = true;
+  static constexpr bool kInteger = true, kPairs = false;
   static constexpr int kRows = micro_rows(kPanelVecs);
   using Acc = IVec;
   using B = __m256i;
@@ -162,7 +109,7 @@ struct NarrowDot {
 };
 #else
 struct WideDot {
-  static constexpr bool kInteger = true;
+  static constexpr bool kInteger = true, kPairs = true;
   static constexpr int kRows = 4;
   using Acc = IVec;
   using B = IVec;
@@ -201,15 +148,16 @@ struct Tile {
   int32_t offset;
   const int32_t* sums;  // of a over the run, one a row
   bool first, last;
+  bool fresh;  // the first group: c holds nothing yet
 };
 
 template <class Dot>
 inline typename Dot::Acc begin_sum(const Tile& t, int i, int n) {
   if constexpr (Dot::kInteger) {
     if (!t.first) return IVec::load(t.partial + i * t.ldc + n * Vec::W);
-    const IVec total = IVec::set1(t.sums[i]);
-    const IVec z = t.zeros ? IVec::widen(t.zeros + n / kVecs * t.scale_stride + n % kVecs * Vec::W) : IVec::set1(t.offset);
-    return IVec::set1(0).minus(z.times(total));
+    if (!t.zeros) return IVec::set1(-t.offset * t.sums[i]);
+    const IVec z = IVec::widen(t.zeros + n / kVecs * t.scale_stride + n % kVecs * Vec::W);
+    return z.times(IVec::set1(-t.sums[i]));
   } else {
     return Vec::zero();
   }
@@ -221,9 +169,10 @@ inline void end_sum(const Tile& t, int i, int n, typename Dot::Acc acc) {
   const Vec scale = Vec::load(t.scales + n / kVecs * t.scale_stride + n % kVecs * Vec::W);
   if constexpr (Dot::kInteger) {
     if (!t.last) return acc.store(t.partial + i * t.ldc + n * Vec::W);
-    (Vec::load(c) + acc.to_float() * scale).store(c);  // two roundings, as every level can
+    const Vec term = acc.to_float() * scale;
+    (t.fresh ? term : Vec::load(c) + term).store(c);  // two roundings, as every level can
   } else {
-    fma(acc, scale, Vec::load(c)).store(c);
+    (t.fresh ? acc * scale : fma(acc, scale, Vec::load(c))).store(c);
   }
 }
 

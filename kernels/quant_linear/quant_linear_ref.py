@@ -15,7 +15,7 @@ ACTIVATIONS = {
 
 
 def quantize_rows(x):
-    """(a, s) with x ~ a * s: a (..., K) whole numbers up to 127, s (..., 1), both of x's dtype; NaN rows where x isn't finite."""
+    """(a, s) with x ~ a * s: a (..., K) whole numbers up to 127, s (..., 1), NaN where the row isn't finite."""
     peak = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
     finite = x.isfinite().all(-1, keepdim=True)
     usable = finite & (peak > 1e-35)

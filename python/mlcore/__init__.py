@@ -12,9 +12,11 @@ import torch  # noqa: F401  first, so that its OpenMP runtime is the one in the 
 from . import nn, ops, patterns, quant
 from ._accelerate import accelerate
 from ._backend import explain, show_config
+from .quantization import QuantConfig, quantize
 
 __version__ = "0.1.0"
 __all__ = [
+    "QuantConfig",
     "__version__",
     "accelerate",
     "explain",
@@ -22,5 +24,6 @@ __all__ = [
     "ops",
     "patterns",
     "quant",
+    "quantize",
     "show_config",
 ]

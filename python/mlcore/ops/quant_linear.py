@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from .._backend import choose
 from .._registry import autocast, create_graph, direct, kernel, needs_grad, register, transformed
 from ..kernels.quant_linear import quant_linear_ref
 from ..quant import PackedWeight
-from ..quant._packed import values
 
 _OP = "quant_linear"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -104,12 +105,12 @@ def _reference(x, packed, bias, activation, residual, dynamic_int8):
     if not dynamic_int8:
         return quant_linear_ref.quant_linear(x, packed.dequantize(torch.float64), bias, activation, residual)
     codes, scales, zeros = packed.unpack()
-    codebook = packed.codebook
-    if codebook is not None:
-        codebook, step = quant_linear_ref.round_codebook(codebook)
-        tables = torch.arange(packed.shape[0], device=x.device) // -(-max(packed.shape[0], 1) // len(codebook))
-        scales = scales * step[tables]
-    whole = values(codes, packed.group_size, packed.offset, zeros, codebook)
+    rows = torch.arange(packed.shape[0], device=x.device)
+    if packed.codebook is not None:
+        codebook, step = quant_linear_ref.round_codebook(packed.codebook)
+        packed = dataclasses.replace(packed, codebook=codebook)
+        scales = scales * step[rows // -(-max(packed.shape[0], 1) // len(codebook))]
+    whole = packed.values(codes, rows, zeros)
     return quant_linear_ref.quant_linear_int8(x, whole, scales, packed.group_size, bias, activation, residual)
 
 
@@ -137,7 +138,7 @@ def _check(x, packed, bias, activation, residual):
         raise ValueError(f"{_OP}: bias must be floating, ({N},); got {bias.dtype} {tuple(bias.shape)}")
     if residual is not None and (residual.shape != (*x.shape[:-1], N) or residual.dtype != x.dtype):
         raise ValueError(
-            f"{_OP}: residual must be {x.dtype} {(*x.shape[:-1], N)}, as the result; got {residual.dtype} {tuple(residual.shape)}"
+            f"{_OP}: residual must be {x.dtype} {(*x.shape[:-1], N)}, as y; got {residual.dtype} {tuple(residual.shape)}"
         )
     for name, t in (("packed", packed.codes), ("bias", bias), ("residual", residual)):
         if t is not None and t.device != x.device:
@@ -163,8 +164,8 @@ def quant_linear(
         activation: None, "relu", "gelu", "gelu_tanh" or "silu".
         residual: (..., N) of x's dtype; added last.
         dynamic_int8: False: products of x as it is with the dequantized weight, sums in float32. True: each row of x is rounded
-            to 127ths of its largest magnitude first, sums of a group are exact integers (Dettmers et al. 2022, LLM.int8(), without
-            its outliers); several times faster with many rows. A codebook's entries are then rounded to 127ths as well.
+            to 127ths of its largest magnitude first, sums of a group are exact integers (Dettmers et al. 2022, LLM.int8(),
+            without its outliers); several times faster with many rows. A codebook is then rounded to 127ths as well.
         impl: "cpu", "cuda", "triton" or "reference"; None chooses (see mlcore.explain).
 
     Returns:

@@ -1,4 +1,4 @@
-"""Low-bit weights as data: packing, unpacking, files. mlcore.ops.quant_linear computes with them, mlcore.quantize converts models."""
+"""Low-bit weights as data: packing, unpacking, files. mlcore.ops.quant_linear computes with them."""
 
 from ._files import load, save
 from ._pack import NF4, pack, unpack

@@ -103,7 +103,9 @@ def _whole(numbers: object) -> bool:
 def _parse(data: bytes, device) -> dict[str, PackedWeight | torch.Tensor]:
     _need(len(data) >= 8, f"a file of {len(data)} bytes has no header")
     size = int.from_bytes(data[:8], "little")
-    _need(size <= min(_MOST_HEADER, len(data) - 8), f"the header says {size} bytes, the file has {len(data) - 8} after its length")
+    _need(
+        size <= min(_MOST_HEADER, len(data) - 8), f"the header says {size} bytes, the file has {len(data) - 8} after its length"
+    )
     header = _json(data[8 : 8 + size], "the header")
     metadata = header.pop("__metadata__", None)
     _need(isinstance(metadata, dict) and isinstance(metadata.get("mlcore.packed"), str), "the metadata has no mlcore.packed")
@@ -126,10 +128,17 @@ def _tensors(header: dict, body: memoryview, device) -> dict[str, torch.Tensor]:
         _need(_whole(shape) and len(shape) <= 8, f"{name!r} has shape {shape!r}")
         _need(_whole(offsets) and len(offsets) == 2, f"{name!r} has data_offsets {offsets!r}")
         wanted = math.prod(shape) * _DTYPES[dtype].itemsize
-        _need(offsets[0] == end and offsets[1] - offsets[0] == wanted, f"{name!r} has data_offsets {offsets}, not [{end}, {end + wanted}]")
+        _need(
+            offsets[0] == end and offsets[1] - offsets[0] == wanted,
+            f"{name!r} has data_offsets {offsets}, not [{end}, {end + wanted}]",
+        )
         end = offsets[1]
         _need(end <= len(body), f"truncated: {name!r} ends at byte {end} of {len(body)}")
-        raw = torch.frombuffer(bytearray(body[offsets[0] : end]), dtype=torch.uint8) if wanted else torch.empty(0, dtype=torch.uint8)
+        raw = (
+            torch.frombuffer(bytearray(body[offsets[0] : end]), dtype=torch.uint8)
+            if wanted
+            else torch.empty(0, dtype=torch.uint8)
+        )
         if dtype == "BOOL":
             _need(not wanted or int(raw.max()) <= 1, f"{name!r} has booleans other than 0 and 1")
         tensors[name] = raw.view(_DTYPES[dtype]).reshape(shape).to(device)
@@ -140,9 +149,15 @@ def _tensors(header: dict, body: memoryview, device) -> dict[str, torch.Tensor]:
 def _weight(name: str, numbers: object, tensors: dict[str, torch.Tensor]) -> PackedWeight:
     _need(isinstance(numbers, dict), f"mlcore.packed of {name!r} must be an object")
     wanted = {"shape", "bits", "group_size", "offset", "format", "layout"}
-    _need(numbers.keys() == wanted, f"mlcore.packed of {name!r} must have {', '.join(sorted(wanted))}; got {', '.join(sorted(numbers))}")
+    _need(
+        numbers.keys() == wanted,
+        f"mlcore.packed of {name!r} must have {', '.join(sorted(wanted))}; got {', '.join(sorted(numbers))}",
+    )
     _need(_whole(numbers["shape"]), f"mlcore.packed of {name!r} has shape {numbers['shape']!r}")
-    _need(all(isinstance(numbers[key], str) for key in ("format", "layout")), f"mlcore.packed of {name!r}: format and layout must be text")
+    _need(
+        all(isinstance(numbers[key], str) for key in ("format", "layout")),
+        f"mlcore.packed of {name!r}: format and layout must be text",
+    )
     parts = {part: tensors.pop(f"{name}.{part}", None) for part in TENSORS}
     for part in ("codes", "scales"):
         _need(parts[part] is not None, f"{name}.{part} is missing")

@@ -1,4 +1,4 @@
-"""How codes lie in memory: a layout is a pair of functions between codes (N, K) and bytes, and knows nothing of their meaning.
+"""How codes lie in memory: a layout is three functions between codes (N, K) and bytes, and knows nothing of their meaning.
 
 "panel16", what the CPU kernels read, is described in kernels/quant_linear/quant_linear.h. Another layout is one more entry of
 LAYOUTS; PackedWeight carries the name.
@@ -69,11 +69,11 @@ def _to_panels(codes: torch.Tensor, g: Geometry) -> torch.Tensor:
     return rows.reshape(g.panels, ROWS, -1, g.block // 4, 4).permute(0, 2, 3, 1, 4)
 
 
-def _from_panels(units: torch.Tensor, g: Geometry) -> torch.Tensor:
-    rows = units.permute(0, 3, 1, 2, 4).reshape(g.panels * ROWS, g.K_padded)
+def _without_padding(rows: torch.Tensor, g: Geometry) -> torch.Tensor:
+    """(n, K_padded) to (n, K)."""
     full = torch.nn.functional.pad(rows, (0, g.groups * g.group_padded - g.K_padded))
     grouped = full.view(-1, g.groups, g.group_padded)[..., : g.group_size]
-    return grouped.reshape(g.panels * ROWS, g.groups * g.group_size)[: g.N, : g.K].contiguous()
+    return grouped.reshape(len(rows), g.groups * g.group_size)[:, : g.K].contiguous()
 
 
 def _pack_panel16(codes: torch.Tensor, g: Geometry) -> torch.Tensor:
@@ -91,20 +91,33 @@ def _pack_panel16(codes: torch.Tensor, g: Geometry) -> torch.Tensor:
     return torch.cat(parts, -1).reshape(g.codes_shape)
 
 
+def _codes_of(vectors: torch.Tensor, g: Geometry) -> torch.Tensor:
+    """(panels, vectors, rows, 4) bytes of panels of `rows` rows to their codes (panels * rows, K)."""
+    panels, _, rows, _ = vectors.shape
+    units_per_block = g.block // 4
+    blocks = vectors.reshape(panels, -1, units_per_block * g.bits // 8, rows * 4)
+    units, low, start = torch.zeros((), dtype=torch.uint8, device=vectors.device), 0, 0
+    for power in planes(g.bits):
+        per = 8 // power
+        size = units_per_block // per
+        field = blocks[:, :, start : start + size, None]
+        shifts = torch.arange(per, dtype=torch.uint8, device=vectors.device) * power
+        units = units | (((field >> shifts[:, None]) & ((1 << power) - 1)) << low).flatten(2, 3)
+        low, start = low + power, start + size
+    by_row = units.reshape(panels, -1, rows, 4).transpose(1, 2)
+    return _without_padding(by_row.reshape(panels * rows, g.K_padded), g)
+
+
 def _unpack_panel16(data: torch.Tensor, g: Geometry) -> torch.Tensor:
     if 0 in (g.N, g.K):
         return data.new_zeros(g.N, g.K)
-    units_per_block = g.block // 4
-    blocks = data.view(g.panels, -1, units_per_block * 8 * g.bits)
-    units, low, start = torch.zeros((), dtype=torch.uint8, device=data.device), 0, 0
-    for power in planes(g.bits):
-        per = 8 // power
-        size = units_per_block // per * 64
-        field = blocks[..., start : start + size].reshape(*blocks.shape[:2], -1, 1, 64)
-        shifts = torch.arange(per, dtype=torch.uint8, device=data.device) * power
-        units = units | (((field >> shifts[:, None]) & ((1 << power) - 1)) << low).flatten(2, 3)
-        low, start = low + power, start + size
-    return _from_panels(units.reshape(*units.shape[:3], ROWS, 4), g)
+    return _codes_of(data.view(g.panels, -1, ROWS, 4), g)[: g.N]
+
+
+def _rows_panel16(data: torch.Tensor, g: Geometry, rows: torch.Tensor) -> torch.Tensor:
+    if 0 in (g.K, rows.numel()):
+        return data.new_zeros(rows.numel(), g.K)
+    return _codes_of(data.view(g.panels, -1, ROWS, 4)[rows // ROWS, :, rows % ROWS].unsqueeze(2), g)
 
 
 def to_vectors(values: torch.Tensor, g: Geometry, fill: float) -> torch.Tensor:
@@ -118,5 +131,11 @@ def from_vectors(vectors: torch.Tensor, g: Geometry) -> torch.Tensor:
     return vectors.transpose(1, 2).reshape(g.panels * ROWS, g.groups)[: g.N].contiguous()
 
 
-#: layout -> (codes (N, K) uint8, geometry) -> bytes, and back.
-LAYOUTS: dict[str, tuple[Callable, Callable]] = {"panel16": (_pack_panel16, _unpack_panel16)}
+@dataclass(frozen=True)
+class Layout:
+    pack: Callable  # (codes (N, K) uint8, geometry) -> bytes
+    unpack: Callable  # (bytes, geometry) -> codes
+    rows: Callable  # (bytes, geometry, numbers (n) of rows) -> codes (n, K)
+
+
+LAYOUTS = {"panel16": Layout(_pack_panel16, _unpack_panel16, _rows_panel16)}

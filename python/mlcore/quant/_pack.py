@@ -95,8 +95,8 @@ def pack(
 
     Args:
         weight: (N, K), floating and finite.
-        format: "int1" to "int8": evenly spaced; "ternary": -1, 0, 1; "nf4": QLoRA's 16 normal quantiles; "codebook": any 2 to 256
-            numbers, given or found by k-means (weight clustering, Han et al. 2016, "Deep Compression").
+        format: "int1" to "int8": evenly spaced; "ternary": -1, 0, 1; "nf4": QLoRA's 16 normal quantiles; "codebook": any 2 to
+            256 numbers, given or found by k-means (weight clustering, Han et al. 2016, "Deep Compression").
         group_size: weights along K that share a scale; any number from 1 on, it needn't divide K. None: a scale a row.
         symmetric: int formats: zero points only where False.
         entries: codebook: how many numbers k-means looks for; default 16.

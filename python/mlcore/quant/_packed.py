@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._layout import LAYOUTS, Geometry, from_vectors, to_vectors
+from ._layout import LAYOUTS, ROWS, Geometry, from_vectors, to_vectors
 
 FORMATS = ("int", "ternary", "codebook")
 TENSORS = ("codes", "scales", "zeros", "codebook")
@@ -73,7 +73,10 @@ class PackedWeight:
         for name, (dtype, shape) in expected.items():
             t = getattr(self, name)
             if t is not None:
-                _check(t.dtype == dtype and tuple(t.shape) == shape, f"{name} must be {dtype} {shape}; got {t.dtype} {tuple(t.shape)}")
+                _check(
+                    t.dtype == dtype and tuple(t.shape) == shape,
+                    f"{name} must be {dtype} {shape}; got {t.dtype} {tuple(t.shape)}",
+                )
                 _check(t.device == self.codes.device, f"{name} must be on {self.codes.device}; got {t.device}")
                 _check(t.is_contiguous(), f"{name} must be contiguous; got strides {t.stride()}")
 
@@ -108,26 +111,32 @@ class PackedWeight:
         """Codes (N, K) uint8, scales (N, G) float32, zeros (N, G) uint8 or None: what pack_codes takes."""
         g = self.geometry
         zeros = None if self.zeros is None else from_vectors(self.zeros, g)
-        return LAYOUTS[self.layout][1](self.codes, g), from_vectors(self.scales, g), zeros
+        return LAYOUTS[self.layout].unpack(self.codes, g), from_vectors(self.scales, g), zeros
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights themselves, (N, K)."""
         codes, scales, zeros = self.unpack()
-        return values(codes, self.group_size, self.offset, zeros, self.codebook).mul(spread(scales, self.group_size, self.shape[1])).to(dtype)
+        rows = torch.arange(self.shape[0], device=self.codes.device)
+        return (self.values(codes, rows, zeros) * spread(scales, self.group_size, self.shape[1])).to(dtype)
+
+    def rows(self, numbers: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Rows of the weights by their numbers (n), each from 0 to N - 1: (n, K), as an embedding reads them."""
+        codes = LAYOUTS[self.layout].rows(self.codes, self.geometry, numbers)
+        panel, lane = numbers // ROWS, numbers % ROWS
+        zeros = None if self.zeros is None else self.zeros[panel, :, lane]
+        scales = spread(self.scales[panel, :, lane], self.group_size, self.shape[1])
+        return (self.values(codes, numbers, zeros) * scales).to(dtype)
+
+    def values(self, codes: torch.Tensor, rows: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
+        """What codes (n, K) of rows `rows` (n) stand for before they are scaled: (n, K) float32."""
+        if self.codebook is not None:
+            return self.codebook[(rows // -(-max(self.shape[0], 1) // len(self.codebook)))[:, None], codes.long()]
+        return codes.float() - (self.offset if zeros is None else spread(zeros.float(), self.group_size, self.shape[1]))
 
 
 def spread(per_group: torch.Tensor, group_size: int, K: int) -> torch.Tensor:
     """(N, G) to (N, K): each group's number for all of its weights."""
     return per_group.repeat_interleave(group_size, 1)[:, :K] if K else per_group[:, :0]
-
-
-def values(codes, group_size, offset, zeros=None, codebook=None) -> torch.Tensor:
-    """What codes (N, K) stand for before they are scaled, float32."""
-    N, K = codes.shape
-    if codebook is not None:
-        rows = torch.arange(N, device=codes.device) // -(-max(N, 1) // len(codebook))
-        return codebook[rows[:, None], codes.long()]
-    return codes.float() - (offset if zeros is None else spread(zeros.float(), group_size, K))
 
 
 def pack_codes(
@@ -158,7 +167,10 @@ def pack_codes(
     Raises:
         ValueError: one of these rules is broken.
     """
-    _check(codes.dim() == 2 and not codes.is_floating_point(), f"codes must be integers (N, K); got {codes.dtype} {tuple(codes.shape)}")
+    _check(
+        codes.dim() == 2 and not codes.is_floating_point(),
+        f"codes must be integers (N, K); got {codes.dtype} {tuple(codes.shape)}",
+    )
     _check(isinstance(bits, int) and 1 <= bits <= 8, f"bits must be 1 to 8; got {bits}")
     _check(isinstance(group_size, int) and group_size >= 1, f"group_size must be at least 1; got {group_size}")
     _check(layout in LAYOUTS, f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
@@ -168,7 +180,7 @@ def pack_codes(
     for name, t in (("codes", codes), ("zeros", zeros)):
         if t is not None and t.numel():
             low, high = int(t.min()), int(t.max())
-            _check(0 <= low and high < 2**bits, f"{name} must be 0 to {2**bits - 1} with {bits} bits; got {low} to {high}")
+            _check(low >= 0 and high < 2**bits, f"{name} must be 0 to {2**bits - 1} with {bits} bits; got {low} to {high}")
     for name, t in (("scales", scales), ("zeros", zeros)):
         if t is not None:
             _check(tuple(t.shape) == (N, g.groups), f"{name} must be (N, G) = ({N}, {g.groups}); got {tuple(t.shape)}")
@@ -177,7 +189,7 @@ def pack_codes(
         _check(2 <= codebook.shape[1] <= 2**bits, f"codebook must have 2 to {2**bits} entries; got {codebook.shape[1]}")
         codebook = torch.nn.functional.pad(codebook, (0, 2**bits - codebook.shape[1])).contiguous()
     return PackedWeight(
-        LAYOUTS[layout][0](codes.to(torch.uint8), g),
+        LAYOUTS[layout].pack(codes.to(torch.uint8), g),
         to_vectors(scales.float(), g, 0.0),
         None if zeros is None else to_vectors(zeros.to(torch.uint8), g, 0),
         codebook,
