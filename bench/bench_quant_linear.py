@@ -1,5 +1,5 @@
-"""quant_linear against torch's own low-bit products and its fp32 linear. Work is counted as 2 M N K operations; mlcore's integer
-rows quantize, dequantize, add the bias and apply GELU within it, torch._int_mm is the bare product of int8 matrices.
+"""quant_linear against torch's own low-bit products and its fp32 linear. Work is counted as 2 M N K operations;
+mlcore's integer rows quantize, dequantize, add the bias and apply GELU within it, torch._int_mm is the product alone.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def test_torchs_encoder_layer_keeps_its_linears():
 
 @pytest.mark.parametrize("bad", [torch.nn.Linear(3, 3), torch.ones(2), None])
 def test_quantize_needs_a_model_around_layers(bad):
-    with pytest.raises(ValueError, match="quantize: model must be a torch.nn.Module around the layers"):
+    with pytest.raises(ValueError, match=r"quantize: model must be a torch\.nn\.Module around the layers"):
         mlcore.quantize(bad)
 
 
