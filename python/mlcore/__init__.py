@@ -9,17 +9,21 @@ mlcore.show_config()                             # what is usable on this machin
 
 import torch  # noqa: F401  first, so that its OpenMP runtime is the one in the process
 
-from . import nn, ops, patterns
+from . import nn, ops, patterns, quant
 from ._accelerate import accelerate
 from ._backend import explain, show_config
+from .quantization import QuantConfig, quantize
 
 __version__ = "0.1.0"
 __all__ = [
+    "QuantConfig",
     "__version__",
     "accelerate",
     "explain",
     "nn",
     "ops",
     "patterns",
+    "quant",
+    "quantize",
     "show_config",
 ]

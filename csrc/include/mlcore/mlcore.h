@@ -8,6 +8,7 @@
 #include "mlcore/depthwise_conv.h"
 #include "mlcore/layer_norm.h"
 #include "mlcore/linear_attention.h"
+#include "mlcore/quant_linear.h"
 #include "mlcore/rms_norm.h"
 
 #endif  // MLCORE_H_

@@ -15,6 +15,8 @@ from .pattern_attention import (
     PatternAttention,
     StridedAttention,
 )
+from .quant_embedding import QuantEmbedding
+from .quant_linear import QuantLinear
 from .rms_norm import RMSNorm
 from .synthesizer_attention import SynthesizerAttention
 from .transformer import Transformer, TransformerDecoder, TransformerEncoder
@@ -40,6 +42,8 @@ __all__ = [
     "MonotonicAttention",
     "MultiheadAttention",
     "PatternAttention",
+    "QuantEmbedding",
+    "QuantLinear",
     "RMSNorm",
     "RandomFeatures",
     "RetentionLayer",

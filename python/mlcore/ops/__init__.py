@@ -7,6 +7,7 @@ from .causal_conv1d import causal_conv1d, causal_conv1d_update
 from .depthwise_conv import depthwise_conv1d, depthwise_conv2d, depthwise_conv3d
 from .layer_norm import layer_norm
 from .linear_attention import linear_attention, linear_attention_step
+from .quant_linear import quant_linear
 from .rms_norm import rms_norm
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "merge_attention",
+    "quant_linear",
     "rms_norm",
     "rotate",
     "scaled_dot_product_attention",

@@ -1,0 +1,194 @@
+"""quant_linear: registration and the public function. The equations are in kernels/quant_linear/quant_linear.h."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from .._backend import choose
+from .._registry import autocast, create_graph, direct, kernel, needs_grad, register, transformed
+from ..kernels.quant_linear import quant_linear_ref
+from ..quant import PackedWeight
+
+_OP = "quant_linear"
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_ACTIVATIONS = tuple(quant_linear_ref.ACTIVATIONS)  # their numbers in quant_linear.h
+
+
+def _rows(t, cols):
+    """(M, cols), contiguous in its last dimension; a copy only where the strides force one."""
+    if t is None:
+        return None
+    rows = t.reshape(-1, cols) if cols else t.new_empty(t.shape[:-1].numel(), 0)
+    return rows if cols <= 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def _run_fwd(x, codes, scales, zeros, codebook, bias, residual, N, bits, offset, group_size, activation, int8, impl):
+    y = x.new_empty(*x.shape[:-1], N)
+    rows = _rows(x, x.shape[-1])
+    fwd = kernel(_OP, "fwd", impl)
+    out = y.view(rows.shape[0], N)
+    fwd(rows, codes, scales, zeros, codebook, bias, _rows(residual, N), bits, offset, group_size, activation, int8, out)
+    return y
+
+
+def _fwd_fake(x, codes, scales, zeros, codebook, bias, residual, N, bits, offset, group_size, activation, int8, impl):
+    return x.new_empty(*x.shape[:-1], N)
+
+
+def _dequantize_launch(like, codes, scales, zeros, codebook, N, K, bits, offset, group_size, impl):
+    w = like.new_empty(N, K)
+    kernel(_OP, "dequantize", impl)(codes, scales, zeros, codebook, bits, offset, group_size, w)
+    return w
+
+
+def _dequantize_fake(like, codes, scales, zeros, codebook, N, K, bits, offset, group_size, impl):
+    return like.new_empty(N, K)
+
+
+_WEIGHT = "Tensor codes, Tensor scales, Tensor? zeros, Tensor? codebook"
+_fwd = register(
+    f"quant_linear_fwd(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? residual, SymInt N, int bits, int offset, SymInt group_size,"
+    " int activation, int int8, str impl) -> Tensor",
+    launch=_run_fwd,
+    fake=_fwd_fake,
+)
+_dequantize = register(
+    f"quant_linear_dequantize(Tensor like, {_WEIGHT}, SymInt N, SymInt K, int bits, int offset, SymInt group_size, str impl)"
+    " -> Tensor",
+    launch=_dequantize_launch,
+    fake=_dequantize_fake,
+)
+
+
+def _activation_backward(dy, z, activation):
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(dy, z, 0)
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(dy, z)
+    return torch.ops.aten.gelu_backward(dy, z, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+class _QuantLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, residual, codes, scales, zeros, codebook, N, bits, offset, group_size, activation, int8, impl):
+        ctx.numbers = N, bits, offset, group_size
+        ctx.mode = activation, int8, impl
+        ctx.save_for_backward(x, bias, codes, scales, zeros, codebook)
+        run = _run_fwd if direct(x, bias, residual, codes, scales) else _fwd
+        return run(x, codes, scales, zeros, codebook, bias, residual, *ctx.numbers, *ctx.mode)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, bias, *weight = ctx.saved_tensors
+        activation, int8, impl = ctx.mode
+        need_x, need_bias, need_residual = ctx.needs_input_grad[:3]
+        dx = dbias = None
+        if need_x or need_bias:
+            dz = dy
+            if activation:
+                if create_graph():
+                    z = _QuantLinear.apply(x, bias, None, *weight, *ctx.numbers, 0, int8, impl)
+                else:
+                    z = _fwd(x, *weight, bias, None, *ctx.numbers, 0, int8, impl)
+                dz = _activation_backward(dy, z, _ACTIVATIONS[activation])
+            N, bits, offset, group_size = ctx.numbers
+            if need_bias:
+                dbias = dz.reshape(-1, N).sum(0, dtype=bias.dtype)
+            if need_x:
+                dx = dz @ _dequantize(x.detach(), *weight, N, x.shape[-1], bits, offset, group_size, impl)
+        return dx, dbias, dy if need_residual else None, *(None,) * 11
+
+
+def _reference(x, packed, bias, activation, residual, dynamic_int8):
+    if not dynamic_int8:
+        return quant_linear_ref.quant_linear(x, packed.dequantize(torch.float64), bias, activation, residual)
+    codes, scales, zeros = packed.unpack()
+    rows = torch.arange(packed.shape[0], device=x.device)
+    if packed.codebook is not None:
+        codebook, step = quant_linear_ref.round_codebook(packed.codebook)
+        packed = dataclasses.replace(packed, codebook=codebook)
+        scales = scales * step[rows // -(-max(packed.shape[0], 1) // len(codebook))]
+    whole = packed.values(codes, rows, zeros)
+    return quant_linear_ref.quant_linear_int8(x, whole, scales, packed.group_size, bias, activation, residual)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The reference of the integer mode, with the gradient that the kernels give: as if x had not been rounded."""
+
+    @staticmethod
+    def forward(ctx, exact, rounded):
+        return rounded
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None
+
+
+def _check(x, packed, bias, activation, residual):
+    N, K = packed.shape
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"{_OP}: x must be (..., K) with the weight's K = {K}; got {tuple(x.shape)}")
+    if x.dtype not in _FLOATS:
+        raise ValueError(f"{_OP}: x must be a floating-point tensor; got {x.dtype}")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"{_OP}: activation must be None, {', '.join(_ACTIVATIONS[1:])}; got {activation!r}")
+    if bias is not None and (bias.shape != (N,) or not bias.is_floating_point()):
+        raise ValueError(f"{_OP}: bias must be floating, ({N},); got {bias.dtype} {tuple(bias.shape)}")
+    if residual is not None and (residual.shape != (*x.shape[:-1], N) or residual.dtype != x.dtype):
+        raise ValueError(
+            f"{_OP}: residual must be {x.dtype} {(*x.shape[:-1], N)}, as y; got {residual.dtype} {tuple(residual.shape)}"
+        )
+    for name, t in (("packed", packed.codes), ("bias", bias), ("residual", residual)):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{_OP}: {name} must be on {x.device} as x; got {t.device}")
+
+
+def quant_linear(
+    x: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    *,
+    residual: torch.Tensor | None = None,
+    dynamic_int8: bool = False,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """A linear layer with a quantized weight: y = activation(x W^T + bias) + residual.
+
+    Args:
+        x: (..., K), float32, bfloat16 or float16 (float64 and other devices: the reference). Any strides.
+        packed: the weight (N, K), see mlcore.quant.pack.
+        bias: (N), any floating dtype.
+        activation: None, "relu", "gelu", "gelu_tanh" or "silu".
+        residual: (..., N) of x's dtype; added last.
+        dynamic_int8: False: products of x as it is with the dequantized weight, sums in float32. True: each row of x is rounded
+            to 127ths of its largest magnitude first, sums of a group are exact integers (Dettmers et al. 2022, LLM.int8(),
+            without its outliers); several times faster with many rows. A codebook is then rounded to 127ths as well.
+        impl: "cpu", "cuda", "triton" or "reference"; None chooses (see mlcore.explain).
+
+    Returns:
+        y (..., N) in x's dtype. Differentiable in x, bias and residual; with dynamic_int8 as if x had not been rounded.
+        A row with NaN or infinity gives, with dynamic_int8, a row of NaN.
+
+    Raises:
+        ValueError: shapes, dtypes or devices break the rules above, or impl can't serve the call.
+    """
+    x, residual = autocast(x.device.type, x, residual)
+    _check(x, packed, bias, activation, residual)
+    backend = choose(_OP, "reference" if impl is None and transformed() else impl, x)
+    if backend != "reference" and transformed():
+        raise ValueError(f"{_OP}: impl={impl!r} can't serve torch.func, forward-mode AD or torch.jit.trace")
+    if backend == "reference":
+        if not dynamic_int8 or not needs_grad(x, bias, residual):
+            return _reference(x, packed, bias, activation, residual, dynamic_int8)
+        exact = _reference(x, packed, bias, activation, residual, False)
+        return _StraightThrough.apply(exact, _reference(x, packed, bias, activation, residual, True))
+    wide = bias if bias is None or bias.dtype == torch.float32 else bias.float()
+    weight = (packed.codes, packed.scales, packed.zeros, packed.codebook)
+    numbers = packed.shape[0], packed.bits, packed.offset, packed.group_size, _ACTIVATIONS.index(activation), int(dynamic_int8)
+    if needs_grad(x, wide, residual):
+        return _QuantLinear.apply(x, wide, residual, *weight, *numbers, backend)
+    run = _run_fwd if direct(x, wide, residual, *weight) else _fwd
+    return run(x, *weight, wide, residual, *numbers, backend)
