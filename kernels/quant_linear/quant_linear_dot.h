@@ -164,9 +164,8 @@ inline typename Dot::Acc begin_sum(const Tile& t, int i, int n) {
 }
 
 template <class Dot>
-inline void end_sum(const Tile& t, int i, int n, typename Dot::Acc acc) {
+inline void end_sum(const Tile& t, int i, int n, Vec scale, typename Dot::Acc acc) {
   float* c = t.c + i * t.ldc + n * Vec::W;
-  const Vec scale = Vec::load(t.scales + n / kVecs * t.scale_stride + n % kVecs * Vec::W);
   if constexpr (Dot::kInteger) {
     if (!t.last) return acc.store(t.partial + i * t.ldc + n * Vec::W);
     const Vec term = acc.to_float() * scale;
@@ -176,8 +175,19 @@ inline void end_sum(const Tile& t, int i, int n, typename Dot::Acc acc) {
   }
 }
 
+template <class Dot, int M, int NV>
+inline void end_sums(const Tile& t, typename Dot::Acc (&acc)[M][NV]) {
+#pragma GCC unroll 16
+  for (int n = 0; n < NV; ++n) {
+    const Vec scale = Vec::load(t.scales + n / kVecs * t.scale_stride + n % kVecs * Vec::W);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) end_sum<Dot>(t, i, n, scale, acc[i][n]);
+  }
+}
+
 template <class Dot, int M, int NP>
-__attribute__((noinline)) void tile(const Tile& t) {
+__attribute__((noinline)) void tile(const Tile& from) {
+  const Tile t = from;  // in registers: stores can't change it
   constexpr int NV = NP * kVecs;
   typename Dot::Acc acc[M][NV];
 #pragma GCC unroll 16
@@ -200,10 +210,7 @@ __attribute__((noinline)) void tile(const Tile& t) {
     a += 4 * M;
     b += 64;
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 16
-    for (int n = 0; n < NV; ++n) end_sum<Dot>(t, i, n, acc[i][n]);
+  end_sums<Dot>(t, acc);
 }
 
 // tile() for a number of rows known at run time, at most Dot::kRows.
