@@ -21,9 +21,9 @@ class QuantConfig:
 
     Args:
         format, group_size, symmetric, entries: as mlcore.quant.pack's.
-        method: "round": to the nearest code; "mse": ranges clipped for the least squared error; "gptq": errors of a column made up
-            for by the next ones, for the inputs of quantize's batches. The last two are for int formats; embeddings, which have
-            no inputs to look at, are packed by "mse" then.
+        method: "round": to the nearest code; "mse": ranges clipped for the least squared error; "gptq": errors of a column made
+            up for by the next ones, for the inputs of quantize's batches. The last two are for int formats; embeddings, which
+            have no inputs to look at, are packed by "mse" then.
         dynamic_int8: linear layers round their input to int8 by rows; None: for format "int8" alone.
         embeddings: embedding tables too.
     """
@@ -215,7 +215,8 @@ def quantize(
         or why it was left.
 
     Raises:
-        ValueError: model is no torch.nn.Module or a layer itself, config breaks pack's rules, or batches and "gptq" don't come together.
+        ValueError: model is no torch.nn.Module or a layer itself, config breaks pack's rules, or batches come without "gptq" or
+            "gptq" without them.
     """
     config = config or QuantConfig()
     if (batches is not None) != (config.method == "gptq"):

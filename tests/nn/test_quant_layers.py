@@ -157,7 +157,7 @@ def test_quantize_filter_and_embeddings():
     assert [r.name for r in report.quantized] == ["0", "1"] and isinstance(model[0], QuantEmbedding)
     assert report.skipped[0].skipped == "the filter said no" and not model[1].dynamic_int8
     assert model(torch.arange(5)).shape == (5, 8)
-    assert mlcore.quantize(model).skipped[0].name == "2" or isinstance(model[2], QuantLinear)
+    assert [r.name for r in mlcore.quantize(model).quantized] == ["2"]
 
 
 def test_torchs_encoder_layer_keeps_its_linears():

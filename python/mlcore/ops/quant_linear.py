@@ -66,7 +66,8 @@ def _activation_backward(dy, z, activation):
     if activation == "relu":
         return torch.ops.aten.threshold_backward(dy, z, 0)
     if activation == "silu":
-        return torch.ops.aten.silu_backward(dy, z)
+        s = z.sigmoid()  # aten's silu_backward has no derivative
+        return dy * s * (1 + z * (1 - s))
     return torch.ops.aten.gelu_backward(dy, z, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
@@ -95,7 +96,7 @@ class _QuantLinear(torch.autograd.Function):
                 dz = _activation_backward(dz, z, _ACTIVATIONS[activation])
             N, bits, offset, group_size = ctx.numbers
             if need_bias:
-                dbias = dz.reshape(-1, N).sum(0)
+                dbias = dz.sum_to_size(N)
             if need_x:
                 w = _dequantize(wide.detach(), *weight, N, x.shape[-1], bits, offset, group_size, impl)
                 dx = (dz @ w).to(x.dtype)

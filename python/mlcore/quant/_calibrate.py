@@ -71,8 +71,8 @@ def pack_gptq(
     symmetric: bool = True,
     damping: float = 0.01,
 ) -> PackedWeight:
-    """GPTQ (Frantar et al. 2022): columns are rounded in turn, and what a column lost is made up for in those that follow, so that
-    the layer's outputs for the inputs seen change least.
+    """GPTQ (Frantar et al. 2022): columns are rounded in turn, and what a column lost is made up for in those that follow, so
+    that the layer's outputs for the inputs seen change least.
 
     Args:
         hessian: (K, K), the sum of x x^T over rows x of the layer's input (see mlcore.quantize's batches).
