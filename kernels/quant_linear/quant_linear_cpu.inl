@@ -36,7 +36,7 @@ inline auto with_dot(const QuantLinear& p, F&& body) {
 
 // True where few_tile() serves the problem: few rows, codes of 1, 2 or 4 bits, one codebook at most.
 template <class Dot>
-bool in_registers(const QuantLinear& p) {
+bool in_registers([[maybe_unused]] const QuantLinear& p) {
 #if defined(MLC_ISA_AVX512)
   if (Dot::kPairs || p.M > kMostFew || (p.w.bits & (p.w.bits - 1)) != 0 || p.w.bits == 8) return false;
   return Dot::kInteger ? !p.w.codebook8 : p.w.table_rows >= p.w.N;

@@ -37,7 +37,7 @@ __attribute__((noinline)) void few_tile(const Tile& from, __m512 table) {
           if constexpr (Dot::kInteger) {
             const __m512i q = _mm512_and_si512(shifted, _mm512_set1_epi8((1 << (8 / kPer)) - 1));
 #pragma GCC unroll 4
-            for (int i = 0; i < M; ++i) acc[i][n] = Dot::step(acc[i][n], Dot::broadcast(a + 4 * i), q);
+            for (int i = 0; i < M; ++i) acc[i][n] = Dot::step(acc[i][n], Dot::broadcast(a + 4 * i), {q});
           } else {
             Vec w{_mm512_permutexvar_ps(shifted, table)};
             if constexpr (kZeros) w = w - IVec::widen(t.zeros + n * t.scale_stride).to_float();
