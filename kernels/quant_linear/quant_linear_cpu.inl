@@ -202,7 +202,7 @@ Tile tile_of(const QuantLinear& p, const Item& item, const QuantSegment& part, i
           p.sums + first * p.runs + part.run * rows,
           part.first,
           part.last,
-          part.run == 0};
+          Dot::kInteger ? part.run == 0 : part.k == 0};
 }
 
 #if defined(MLC_ISA_AVX512)
