@@ -188,21 +188,14 @@ Tile tile_of(const QuantLinear& p, const Item& item, const QuantSegment& part, i
   const int64_t first = t * p.tile, rows = min(p.tile, p.rows - first), units = w.K_padded / (Dot::kInteger ? 4 : 1);
   const int64_t at = (item.panel_begin * w.groups + part.group) * kPanelRows, c = (first - item.row_begin) * item.columns;
   constexpr int64_t kPer = Dot::kInteger ? 4 : 1;  // codes a unit has
-  return {p.a + 4 * (first * units + part.k / kPer * rows),
-          nullptr,
-          0,
-          part.length / kPer,
-          item.c + c,
-          item.partial + c,
-          item.columns,
-          w.scales + at,
-          w.zeros ? w.zeros + at : nullptr,
-          w.groups * kPanelRows,
-          w.offset,
-          p.sums + first * p.runs + part.run * rows,
-          part.first,
-          part.last,
-          Dot::kInteger ? part.run == 0 : part.k == 0};
+  const bool fresh = Dot::kInteger ? part.run == 0 : part.k == 0;
+  Tile tile{};
+  tile.a = p.a + 4 * (first * units + part.k / kPer * rows), tile.units = part.length / kPer;
+  tile.c = item.c + c, tile.partial = item.partial + c, tile.ldc = item.columns;
+  tile.scales = w.scales + at, tile.zeros = w.zeros ? w.zeros + at : nullptr, tile.scale_stride = w.groups * kPanelRows;
+  tile.offset = w.offset, tile.sums = p.sums + first * p.runs + part.run * rows;
+  tile.first = part.first, tile.last = part.last, tile.fresh = fresh;
+  return tile;
 }
 
 #if defined(MLC_ISA_AVX512)
