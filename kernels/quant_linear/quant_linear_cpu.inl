@@ -36,7 +36,7 @@ inline auto with_dot(const QuantLinear& p, F&& body) {
 
 // True where few_tile() serves the problem: few rows, codes of 1, 2 or 4 bits, one codebook at most.
 template <class Dot>
-bool in_registers(const QuantLinear& p) {
+bool in_registers([[maybe_unused]] const QuantLinear& p) {
 #if defined(MLC_ISA_AVX512)
   if (Dot::kPairs || p.M > kMostFew || (p.w.bits & (p.w.bits - 1)) != 0 || p.w.bits == 8) return false;
   return Dot::kInteger ? !p.w.codebook8 : p.w.table_rows >= p.w.N;
@@ -95,6 +95,13 @@ void quantize_row(const QuantLinear& p, const float* x, int64_t r, int8_t* q) {
   });
 }
 
+inline const float* as_floats(const float* x, int64_t, float*) { return x; }
+template <class T>
+const float* as_floats(const T* x, int64_t n, float* scratch) {
+  for_row(n, [&](int64_t k, int some) { store_some(scratch + k, load_some(x + k, some), some); });
+  return scratch;
+}
+
 template <class T>
 void pack_tile(const QuantLinear& p, int64_t t, float* scratch) {
   const QuantWeight& w = p.w;
@@ -102,17 +109,16 @@ void pack_tile(const QuantLinear& p, int64_t t, float* scratch) {
   int8_t* q = reinterpret_cast<int8_t*>(scratch + w.K);
   uint32_t* a = reinterpret_cast<uint32_t*>(p.a) + first * (p.int8 ? w.K_padded / 4 : w.K_padded);
   for (int64_t i = 0; i < rows; ++i) {
-    const T* x = row<T>(p.x, p.row0 + first + i);
-    for_row(w.K, [&](int64_t k, int n) { store_some(scratch + k, load_some(x + k, n), n); });
+    const float* x = as_floats(row<T>(p.x, p.row0 + first + i), w.K, scratch);
     if (!p.int8) {
       for (int64_t g = 0, at = 0; at < w.K_padded; ++g, at += w.group_padded) {
         const int64_t k0 = g * w.group_size, n = min(w.group_size, w.K - k0), end = min(w.group_padded, w.K_padded - at);
-        for (int64_t k = 0; k < n; ++k) a[(at + k) * rows + i] = bits_of(scratch[k0 + k]);
+        for (int64_t k = 0; k < n; ++k) a[(at + k) * rows + i] = bits_of(x[k0 + k]);
         for (int64_t k = n; k < end; ++k) a[(at + k) * rows + i] = 0;
       }
       continue;
     }
-    quantize_row(p, scratch, first + i, q);
+    quantize_row(p, x, first + i, q);
     int32_t* sums = p.sums + first * p.runs + i;
     for (int64_t s = 0; s < p.segment_count; ++s) {
       const QuantSegment& part = p.segments[s];
@@ -182,21 +188,14 @@ Tile tile_of(const QuantLinear& p, const Item& item, const QuantSegment& part, i
   const int64_t first = t * p.tile, rows = min(p.tile, p.rows - first), units = w.K_padded / (Dot::kInteger ? 4 : 1);
   const int64_t at = (item.panel_begin * w.groups + part.group) * kPanelRows, c = (first - item.row_begin) * item.columns;
   constexpr int64_t kPer = Dot::kInteger ? 4 : 1;  // codes a unit has
-  return {p.a + 4 * (first * units + part.k / kPer * rows),
-          nullptr,
-          0,
-          part.length / kPer,
-          item.c + c,
-          item.partial + c,
-          item.columns,
-          w.scales + at,
-          w.zeros ? w.zeros + at : nullptr,
-          w.groups * kPanelRows,
-          w.offset,
-          p.sums + first * p.runs + part.run * rows,
-          part.first,
-          part.last,
-          part.run == 0};
+  const bool fresh = Dot::kInteger ? part.run == 0 : part.k == 0;
+  Tile tile{};
+  tile.a = p.a + 4 * (first * units + part.k / kPer * rows), tile.units = part.length / kPer;
+  tile.c = item.c + c, tile.partial = item.partial + c, tile.ldc = item.columns;
+  tile.scales = w.scales + at, tile.zeros = w.zeros ? w.zeros + at : nullptr, tile.scale_stride = w.groups * kPanelRows;
+  tile.offset = w.offset, tile.sums = p.sums + first * p.runs + part.run * rows;
+  tile.first = part.first, tile.last = part.last, tile.fresh = fresh;
+  return tile;
 }
 
 #if defined(MLC_ISA_AVX512)

@@ -22,90 +22,48 @@ struct FloatDot {
   static Acc step(Acc acc, A a, B b) { return fma(a, b, acc); }
 };
 
-#if defined(MLC_ISA_AVX512)
-#if !defined(MLC_EMULATE_AVX512)
+#if defined(MLC_ISA_AVX512) && !defined(MLC_EMULATE_AVX512)
 struct VnniDot {
   static constexpr bool kInteger = true, kPairs = false;
   static constexpr int kRows = micro_rows(kPanelVecs);
   using Acc = IVec;
-  using B = __m512i;
-  using A = __m512i;
-  static B load(const char* p) { return _mm512_loadu_si512(p); }
-  static A broadcast(const char* p) { return IVec::set1(*reinterpret_cast<const int32_t*>(p)).v; }
+  using B = IVec;
+  using A = IVec;
+  static B load(const char* p) { return IVec::load(p); }
+  static A broadcast(const char* p) { return IVec::set1(*reinterpret_cast<const int32_t*>(p)); }
   static Acc step(Acc acc, A a, B b) {  // asm: the file is compiled for machines without VNNI too, and chosen at run time
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(b), "v"(a));
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(b.v), "v"(a.v));
     return acc;
   }
 };
 #endif
+
+#if defined(MLC_ISA_AVX512) || defined(MLC_ISA_AVX2)
 struct WideDot {
   static constexpr bool kInteger = true, kPairs = true;
-  static constexpr int kRows = 4;  // 16 accumulators, 8 factors of w and 2 of a
+  static constexpr int kRows = 4;  // AVX-512: 16 accumulators, 8 factors of w and 2 of a; AVX2: 8, 4 and 2
   struct Pair {
-    __m512i even, odd;
+    IVec even, odd;
   };
   using Acc = IVec;
   using B = Pair;
   using A = Pair;
-  static B load(const char* p) {
-    const __m512i v = _mm512_loadu_si512(p);
-    return {_mm512_and_si512(v, _mm512_set1_epi16(255)), _mm512_srli_epi16(v, 8)};
-  }
+  static B load(const char* p) { return {IVec::load(p).even(), IVec::load(p).odd()}; }
   static A broadcast(const char* p) {
-    const __m512i v = IVec::set1(*reinterpret_cast<const int32_t*>(p)).v;
-    return {_mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8), _mm512_srai_epi16(v, 8)};
+    const IVec v = IVec::set1(*reinterpret_cast<const int32_t*>(p));
+    return {v.signed_even(), v.signed_odd()};
   }
-  static Acc step(Acc acc, A a, B b) {
-    const __m512i both = _mm512_add_epi32(_mm512_madd_epi16(a.even, b.even), _mm512_madd_epi16(a.odd, b.odd));
-    return {_mm512_add_epi32(acc.v, both)};
-  }
+  static Acc step(Acc acc, A a, B b) { return acc.plus(a.even.madd(b.even).plus(a.odd.madd(b.odd))); }
 };
 struct NarrowDot {
   static constexpr bool kInteger = true, kPairs = false;
   static constexpr int kRows = micro_rows(kPanelVecs);
   using Acc = IVec;
-  using B = __m512i;
-  using A = __m512i;
-  static B load(const char* p) { return _mm512_loadu_si512(p); }
-  static A broadcast(const char* p) { return IVec::set1(*reinterpret_cast<const int32_t*>(p)).v; }
-  static Acc step(Acc acc, A a, B b) {
-    return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(_mm512_maddubs_epi16(b, a), _mm512_set1_epi16(1)))};
-  }
-};
-#elif defined(MLC_ISA_AVX2)
-struct WideDot {
-  static constexpr bool kInteger = true, kPairs = true;
-  static constexpr int kRows = 4;  // 8 accumulators, 4 factors of w and 2 of a
-  struct Pair {
-    __m256i even, odd;
-  };
-  using Acc = IVec;
-  using B = Pair;
-  using A = Pair;
-  static B load(const char* p) {
-    const __m256i v = IVec::load(p).v;
-    return {_mm256_and_si256(v, _mm256_set1_epi16(255)), _mm256_srli_epi16(v, 8)};
-  }
-  static A broadcast(const char* p) {
-    const __m256i v = IVec::set1(*reinterpret_cast<const int32_t*>(p)).v;
-    return {_mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), _mm256_srai_epi16(v, 8)};
-  }
-  static Acc step(Acc acc, A a, B b) {
-    const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(a.even, b.even), _mm256_madd_epi16(a.odd, b.odd));
-    return {_mm256_add_epi32(acc.v, both)};
-  }
-};
-struct NarrowDot {
-  static constexpr bool kInteger = true, kPairs = false;
-  static constexpr int kRows = micro_rows(kPanelVecs);
-  using Acc = IVec;
-  using B = __m256i;
-  using A = __m256i;
-  static B load(const char* p) { return IVec::load(p).v; }
-  static A broadcast(const char* p) { return IVec::set1(*reinterpret_cast<const int32_t*>(p)).v; }
-  static Acc step(Acc acc, A a, B b) {
-    return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(_mm256_maddubs_epi16(b, a), _mm256_set1_epi16(1)))};
-  }
+  using B = IVec;
+  using A = IVec;
+  static B load(const char* p) { return IVec::load(p); }
+  static A broadcast(const char* p) { return IVec::set1(*reinterpret_cast<const int32_t*>(p)); }
+  static Acc step(Acc acc, A a, B b) { return acc.plus(b.maddubs(a).madd(IVec::set1(0x00010001))); }
 };
 #else
 struct WideDot {
@@ -164,9 +122,8 @@ inline typename Dot::Acc begin_sum(const Tile& t, int i, int n) {
 }
 
 template <class Dot>
-inline void end_sum(const Tile& t, int i, int n, typename Dot::Acc acc) {
+inline void end_sum(const Tile& t, int i, int n, Vec scale, typename Dot::Acc acc) {
   float* c = t.c + i * t.ldc + n * Vec::W;
-  const Vec scale = Vec::load(t.scales + n / kVecs * t.scale_stride + n % kVecs * Vec::W);
   if constexpr (Dot::kInteger) {
     if (!t.last) return acc.store(t.partial + i * t.ldc + n * Vec::W);
     const Vec term = acc.to_float() * scale;
@@ -176,8 +133,19 @@ inline void end_sum(const Tile& t, int i, int n, typename Dot::Acc acc) {
   }
 }
 
+template <class Dot, int M, int NV>
+inline void end_sums(const Tile& t, typename Dot::Acc (&acc)[M][NV]) {
+#pragma GCC unroll 16
+  for (int n = 0; n < NV; ++n) {
+    const Vec scale = Vec::load(t.scales + n / kVecs * t.scale_stride + n % kVecs * Vec::W);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) end_sum<Dot>(t, i, n, scale, acc[i][n]);
+  }
+}
+
 template <class Dot, int M, int NP>
-__attribute__((noinline)) void tile(const Tile& t) {
+__attribute__((noinline)) void tile(const Tile& from) {
+  const Tile t = from;  // in registers: stores can't change it
   constexpr int NV = NP * kVecs;
   typename Dot::Acc acc[M][NV];
 #pragma GCC unroll 16
@@ -200,10 +168,7 @@ __attribute__((noinline)) void tile(const Tile& t) {
     a += 4 * M;
     b += 64;
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 16
-    for (int n = 0; n < NV; ++n) end_sum<Dot>(t, i, n, acc[i][n]);
+  end_sums<Dot>(t, acc);
 }
 
 // tile() for a number of rows known at run time, at most Dot::kRows.

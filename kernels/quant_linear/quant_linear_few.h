@@ -15,7 +15,8 @@ constexpr int kAhead = 1024;  // bytes of a panel's codes asked for before they 
 
 // kPer units a vector of codes. Integers: the shifted codes are the factor. Floats: looked up in table, minus zero.
 template <class Dot, int kPer, int M, int NP, bool kZeros>
-__attribute__((noinline)) void few_tile(const Tile& t, __m512 table) {
+__attribute__((noinline)) void few_tile(const Tile& from, __m512 table) {
+  const Tile t = from;
   typename Dot::Acc acc[M][NP];
 #pragma GCC unroll 4
   for (int i = 0; i < M; ++i)
@@ -36,7 +37,7 @@ __attribute__((noinline)) void few_tile(const Tile& t, __m512 table) {
           if constexpr (Dot::kInteger) {
             const __m512i q = _mm512_and_si512(shifted, _mm512_set1_epi8((1 << (8 / kPer)) - 1));
 #pragma GCC unroll 4
-            for (int i = 0; i < M; ++i) acc[i][n] = Dot::step(acc[i][n], Dot::broadcast(a + 4 * i), q);
+            for (int i = 0; i < M; ++i) acc[i][n] = Dot::step(acc[i][n], Dot::broadcast(a + 4 * i), {q});
           } else {
             Vec w{_mm512_permutexvar_ps(shifted, table)};
             if constexpr (kZeros) w = w - IVec::widen(t.zeros + n * t.scale_stride).to_float();
@@ -50,10 +51,7 @@ __attribute__((noinline)) void few_tile(const Tile& t, __m512 table) {
     for (int n = 0; n < NP; ++n) __builtin_prefetch(b + n * b_stride + kAhead, 0, 3);
     b += 64;
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 8
-    for (int n = 0; n < NP; ++n) end_sum<Dot>(t, i, n, acc[i][n]);
+  end_sums<Dot>(t, acc);
 }
 
 template <class Dot, int kPer, int NP, int M = kFewRows>

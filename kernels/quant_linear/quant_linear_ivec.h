@@ -15,6 +15,14 @@ struct IVec {
   void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
   IVec times(IVec o) const { return {_mm512_mullo_epi32(v, o.v)}; }
   IVec minus(IVec o) const { return {_mm512_sub_epi32(v, o.v)}; }
+  IVec plus(IVec o) const { return {_mm512_add_epi32(v, o.v)}; }
+  // Pairs of 16-bit numbers, two to a lane: the even and the odd bytes as such, with and without sign; sums of products.
+  IVec even() const { return {_mm512_and_si512(v, _mm512_set1_epi16(255))}; }
+  IVec odd() const { return {_mm512_srli_epi16(v, 8)}; }
+  IVec signed_even() const { return {_mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8)}; }
+  IVec signed_odd() const { return {_mm512_srai_epi16(v, 8)}; }
+  IVec madd(IVec o) const { return {_mm512_madd_epi16(v, o.v)}; }
+  IVec maddubs(IVec o) const { return {_mm512_maddubs_epi16(v, o.v)}; }  // of unsigned bytes with signed ones, saturating
   template <int kShift>
   IVec byte() const {  // bits [kShift, kShift + 8) of each lane
     return {_mm512_and_si512(_mm512_srli_epi32(v, kShift), _mm512_set1_epi32(255))};
@@ -28,6 +36,13 @@ struct IVec {
   void store(int32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   IVec times(IVec o) const { return {_mm256_mullo_epi32(v, o.v)}; }
   IVec minus(IVec o) const { return {_mm256_sub_epi32(v, o.v)}; }
+  IVec plus(IVec o) const { return {_mm256_add_epi32(v, o.v)}; }
+  IVec even() const { return {_mm256_and_si256(v, _mm256_set1_epi16(255))}; }
+  IVec odd() const { return {_mm256_srli_epi16(v, 8)}; }
+  IVec signed_even() const { return {_mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8)}; }
+  IVec signed_odd() const { return {_mm256_srai_epi16(v, 8)}; }
+  IVec madd(IVec o) const { return {_mm256_madd_epi16(v, o.v)}; }
+  IVec maddubs(IVec o) const { return {_mm256_maddubs_epi16(v, o.v)}; }
   template <int kShift>
   IVec byte() const {
     return {_mm256_and_si256(_mm256_srli_epi32(v, kShift), _mm256_set1_epi32(255))};

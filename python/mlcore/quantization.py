@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from . import nn
-from .quant import PackedWeight, pack
+from .quant import PackedWeight, pack, pack_gptq, pack_mse
+
+_METHODS = ("round", "mse", "gptq")
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,9 @@ class QuantConfig:
 
     Args:
         format, group_size, symmetric, entries: as mlcore.quant.pack's.
+        method: "round": to the nearest code; "mse": ranges clipped for the least squared error; "gptq": errors of a column made
+            up for by the next ones, for the inputs of quantize's batches. The last two are for int formats; embeddings, which
+            have no inputs to look at, are packed by "mse" then.
         dynamic_int8: linear layers round their input to int8 by rows; None: for format "int8" alone.
         embeddings: embedding tables too.
     """
@@ -27,10 +32,21 @@ class QuantConfig:
     group_size: int | None = 32
     symmetric: bool = True
     entries: int | None = None
+    method: str = "round"
     dynamic_int8: bool | None = None
     embeddings: bool = False
 
-    def pack(self, weight: torch.Tensor) -> PackedWeight:
+    def pack(self, weight: torch.Tensor, hessian: torch.Tensor | None = None) -> PackedWeight:
+        """The weight packed this way; hessian is what "gptq" needs."""
+        if self.method not in _METHODS:
+            raise ValueError(f"QuantConfig: method must be one of {', '.join(_METHODS)}; got {self.method!r}")
+        if self.method != "round":
+            if self.entries is not None:
+                raise ValueError(f"QuantConfig: entries belong to method 'round' and format 'codebook'; got {self.method!r}")
+            how = {"group_size": self.group_size, "symmetric": self.symmetric}
+            if hessian is None:
+                return pack_mse(weight, self.format, **how)
+            return pack_gptq(weight, hessian, self.format, **how)
         return pack(weight, self.format, group_size=self.group_size, symmetric=self.symmetric, entries=self.entries)
 
 
@@ -126,8 +142,8 @@ def _seconds(call: Callable[[], object]) -> float:
     return best
 
 
-def _converted(module, config) -> torch.nn.Module:
-    packed = config.pack(module.weight)
+def _converted(module, config, hessian) -> torch.nn.Module:
+    packed = config.pack(module.weight, hessian)
     if isinstance(module, torch.nn.Embedding):
         return nn.QuantEmbedding.from_packed(packed, module.weight.dtype).train(module.training)
     dynamic = config.format == "int8" if config.dynamic_int8 is None else config.dynamic_int8
@@ -147,11 +163,41 @@ def _report(name, module, layer, measure_rows) -> LayerReport:
         return LayerReport(name, *sizes, _seconds(lambda: module(x)), _seconds(lambda: layer(x)))
 
 
+def _call(model: torch.nn.Module, batch) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    else:
+        model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+
+
+def _hessians(model: torch.nn.Module, layers: list[torch.nn.Module], batches: Iterable) -> dict[torch.nn.Module, torch.Tensor]:
+    """Of each layer, the sum of x x^T over the rows x of its inputs while the model sees the batches."""
+    found: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def look(module, args):
+        rows = args[0].detach().reshape(-1, module.in_features).float()
+        found[module] = found.get(module, 0) + rows.T @ rows
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                _call(model, batch)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 def quantize(
     model: torch.nn.Module,
     config: QuantConfig | None = None,
     filter: Callable[[str, torch.nn.Module], bool] | None = None,
     *,
+    batches: Iterable | None = None,
     measure_rows: int | None = None,
 ) -> QuantReport:
     """Replaces torch.nn.Linear (and, if the config says so, torch.nn.Embedding) layers of a model by low-bit ones, in place.
@@ -160,6 +206,8 @@ def quantize(
         model: any module; its parts are replaced, so model itself must not be such a layer.
         config: how; default int4 in groups of 32.
         filter: filter(name, module) says whether a layer is taken.
+        batches: inputs of the model (a tensor, a tuple of arguments, or a mapping of them), for method "gptq": the model is run
+            on all of them first, and each layer keeps in_features^2 numbers meanwhile.
         measure_rows: times each layer before and after with so many rows of input.
 
     Returns:
@@ -167,9 +215,12 @@ def quantize(
         or why it was left.
 
     Raises:
-        ValueError: model is no torch.nn.Module or a layer itself, or config breaks pack's rules.
+        ValueError: model is no torch.nn.Module or a layer itself, config breaks pack's rules, or batches come without "gptq" or
+            "gptq" without them.
     """
     config = config or QuantConfig()
+    if (batches is not None) != (config.method == "gptq"):
+        raise ValueError(f"quantize: batches and method 'gptq' belong together; got method {config.method!r}")
     kinds = (torch.nn.Linear, torch.nn.Embedding)
     if not isinstance(model, torch.nn.Module) or isinstance(model, kinds):
         raise ValueError(f"quantize: model must be a torch.nn.Module around the layers; got {type(model).__name__}")
@@ -179,19 +230,27 @@ def quantize(
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
-    report = QuantReport()
-    for name, module in list(model.named_modules()):
+    reasons: dict[str, str | None] = {}
+    for name, module in model.named_modules():
         if not isinstance(module, kinds):
             continue
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        reason = _reason(name, module, parent, config, owners)
-        if reason is None and filter is not None and not filter(name, module):
-            reason = "the filter said no"
+        reasons[name] = _reason(name, module, model.get_submodule(name.rpartition(".")[0]), config, owners)
+        if reasons[name] is None and filter is not None and not filter(name, module):
+            reasons[name] = "the filter said no"
+    taken = {name: model.get_submodule(name) for name, reason in reasons.items() if reason is None}
+    hessians = {}
+    if batches is not None:
+        hessians = _hessians(model, [m for m in taken.values() if isinstance(m, torch.nn.Linear)], batches)
+    report = QuantReport()
+    for name, reason in reasons.items():
+        module, hessian = taken.get(name), hessians.get(taken.get(name))
+        if reason is None and batches is not None and isinstance(module, torch.nn.Linear) and hessian is None:
+            reason = "no batch reached it"
         if reason is not None:
             report.layers.append(LayerReport(name, skipped=reason))
             continue
-        layer = _converted(module, config)
+        layer = _converted(module, config, hessian)
         report.layers.append(_report(name, module, layer, measure_rows))
-        setattr(parent, child, layer)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
     return report

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlcore.quant import NF4, PackedWeight, pack, pack_codes, unpack
+from mlcore.quant import NF4, PackedWeight, pack, pack_codes, pack_gptq, pack_mse, unpack
 from mlcore.quantization import sqnr_db
 
 
@@ -123,3 +123,32 @@ def test_contradictions(change, message):
     PackedWeight(**parts)
     with pytest.raises(ValueError, match=f"PackedWeight: ({message})"):
         PackedWeight(**(parts | change))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_mse_loses_less_than_rounding(bits, symmetric):
+    weight = torch.randn(20, 200)
+    plain, best = (p(weight, f"int{bits}", group_size=33, symmetric=symmetric) for p in (pack, pack_mse))
+    assert sqnr_db(weight, best.dequantize()) > sqnr_db(weight, plain.dequantize())
+
+
+@pytest.mark.parametrize("group", [None, 32, 13])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gptq_loses_less_at_the_output(symmetric, group):
+    weight, x = torch.randn(20, 96), torch.randn(300, 12) @ torch.randn(12, 96) + 0.1 * torch.randn(300, 96)
+    plain = pack(weight, "int4", group_size=group, symmetric=symmetric)
+    gptq = pack_gptq(weight, x.T @ x, "int4", group_size=group, symmetric=symmetric)
+    lost, kept = (((p.dequantize() - weight) @ x.T).square().mean() for p in (plain, gptq))
+    assert kept < 0.5 * lost
+
+
+def test_gptq_without_correlations_is_rounding_by_mse():
+    weight = torch.randn(9, 64)
+    gptq, mse = pack_gptq(weight, torch.eye(64), group_size=16), pack_mse(weight, group_size=16)
+    assert torch.equal(gptq.dequantize(), mse.dequantize())
+    assert pack_gptq(weight, torch.zeros(64, 64)).shape == (9, 64)
+    with pytest.raises(ValueError, match=r"hessian must be finite, \(64, 64\)"):
+        pack_gptq(weight, torch.eye(63))
+    with pytest.raises(ValueError, match="pack_mse: weight must be floating and finite"):
+        pack_mse(weight / 0)

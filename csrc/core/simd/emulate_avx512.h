@@ -55,6 +55,13 @@ inline __m256i cvtps_ph(__m512 v) {
   return join<__m256i>(_mm256_cvtps_ph(part<__m256>(v, 0), _MM_FROUND_TO_NEAREST_INT),
                        _mm256_cvtps_ph(part<__m256>(v, 1), _MM_FROUND_TO_NEAREST_INT));
 }
+inline __m512i cvtepu8_epi32(__m128i v) {
+  return join<__m512i>(_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)));
+}
+inline __m512i madd_epi16(__m512i a, __m512i b) {
+  return join<__m512i>(_mm256_madd_epi16(part<__m256i>(a, 0), part<__m256i>(b, 0)),
+                       _mm256_madd_epi16(part<__m256i>(a, 1), part<__m256i>(b, 1)));
+}
 inline __m512 shuffle_f32x4(__m512 a, __m512 b, int pick) {
   return join<__m512>(join<__m256>(part<__m128>(a, pick & 3), part<__m128>(a, (pick >> 2) & 3)),
                       join<__m256>(part<__m128>(b, (pick >> 4) & 3), part<__m128>(b, (pick >> 6) & 3)));
@@ -120,3 +127,9 @@ inline __m512 maskz_scalef_ps(__mmask16 lanes, __m512 v, __m512 power) {
 #if !defined(_mm512_shuffle_f32x4)
 #define _mm512_shuffle_f32x4(a, b, pick) emulated::shuffle_f32x4(a, b, pick)
 #endif
+#if !defined(_mm512_cvtepu8_epi32)
+#define _mm512_cvtepu8_epi32(v) emulated::cvtepu8_epi32(v)
+#endif
+
+#undef _mm512_madd_epi16  // SIMDe 0.7 gives this name to the masked form
+#define _mm512_madd_epi16(a, b) emulated::madd_epi16(a, b)

@@ -66,7 +66,8 @@ def _activation_backward(dy, z, activation):
     if activation == "relu":
         return torch.ops.aten.threshold_backward(dy, z, 0)
     if activation == "silu":
-        return torch.ops.aten.silu_backward(dy, z)
+        s = z.sigmoid()  # aten's silu_backward has no derivative
+        return dy * s * (1 + z * (1 - s))
     return torch.ops.aten.gelu_backward(dy, z, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
@@ -85,19 +86,20 @@ class _QuantLinear(torch.autograd.Function):
         activation, int8, impl = ctx.mode
         need_x, need_bias, need_residual = ctx.needs_input_grad[:3]
         dx = dbias = None
-        if need_x or need_bias:
-            dz = dy
+        if need_x or need_bias:  # in float32: faster than 16 bits without matrix units, and rounded once
+            wide, dz = x.float(), dy.float()
             if activation:
                 if create_graph():
-                    z = _QuantLinear.apply(x, bias, None, *weight, *ctx.numbers, 0, int8, impl)
+                    z = _QuantLinear.apply(wide, bias, None, *weight, *ctx.numbers, 0, int8, impl)
                 else:
-                    z = _fwd(x, *weight, bias, None, *ctx.numbers, 0, int8, impl)
-                dz = _activation_backward(dy, z, _ACTIVATIONS[activation])
+                    z = _fwd(wide, *weight, bias, None, *ctx.numbers, 0, int8, impl)
+                dz = _activation_backward(dz, z, _ACTIVATIONS[activation])
             N, bits, offset, group_size = ctx.numbers
             if need_bias:
-                dbias = dz.reshape(-1, N).sum(0, dtype=bias.dtype)
+                dbias = dz.sum_to_size(N)
             if need_x:
-                dx = dz @ _dequantize(x.detach(), *weight, N, x.shape[-1], bits, offset, group_size, impl)
+                w = _dequantize(wide.detach(), *weight, N, x.shape[-1], bits, offset, group_size, impl)
+                dx = (dz @ w).to(x.dtype)
         return dx, dbias, dy if need_residual else None, *(None,) * 11
 
 

@@ -1,7 +1,8 @@
 """Low-bit weights as data: packing, unpacking, files. mlcore.ops.quant_linear computes with them."""
 
+from ._calibrate import pack_gptq, pack_mse
 from ._files import load, save
 from ._pack import NF4, pack, unpack
 from ._packed import PackedWeight, pack_codes
 
-__all__ = ["NF4", "PackedWeight", "load", "pack", "pack_codes", "save", "unpack"]
+__all__ = ["NF4", "PackedWeight", "load", "pack", "pack_codes", "pack_gptq", "pack_mse", "save", "unpack"]
