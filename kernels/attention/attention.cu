@@ -97,7 +97,7 @@ MLC_DEVICE void finish_rows(const AttentionArgs& p, const Head& head, const RowS
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(Shape<T, kDim>::kThreads) attention_fwd(AttentionArgs p) {
+__global__ void __launch_bounds__(Shape<T, kDim>::kThreads, 2) attention_fwd(AttentionArgs p) {
   using S = Shape<T, kDim>;
   constexpr int kStep = S::kCols * S::kLd;
   MLC_DYNAMIC_SMEM(T, tiles);

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(128) attention_delta(AttentionArgs p) {
 
 // Rows stay and columns come by: queries and keys for dq, keys and queries else. first_sum is dq or dk, second_sum dv.
 template <class T, int kDim, Part kPart>
-__global__ void __launch_bounds__(Shape<T, kDim>::kThreads) attention_bwd(AttentionArgs p) {
+__global__ void __launch_bounds__(Shape<T, kDim>::kThreads, 2) attention_bwd(AttentionArgs p) {
   using S = Shape<T, kDim>;
   constexpr bool kOfQueries = kPart == Part::dq, kFirst = kPart != Part::dv, kSecond = kPart == Part::dkv || kPart == Part::dv;
   constexpr int kStep = S::kCols * S::kLd;
@@ -90,6 +90,7 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kThreads) attention_bwd(Attent
     const int64_t pieces = visits.end > visits.begin ? (visits.end - visits.begin) * S::kPieces : 0;
     RowNumbers row_numbers[2];
     if constexpr (kOfQueries)
+#pragma unroll
       for (int r = 0; r < 2; ++r) row_numbers[r] = RowNumbers::of(p, head, r0 + lane / 4 + 8 * r);
     const auto first_column = [&](int64_t n) {
       return visits.tile(visits.begin + n / S::kPieces) * kTile + static_cast<int>(n % S::kPieces) * S::kCols;
@@ -191,6 +192,7 @@ MLC_DEVICE void piece_ds(const AttentionArgs& p, const Head& head, T* tiles, int
   float s[S::kCols / 8][4] = {}, dp[S::kCols / 8][4] = {};
   product_nt<S>(s, q + 16 * warp * S::kLd, k, p.D);
   product_nt<S>(dp, d_o + 16 * warp * S::kLd, v, p.Dv);
+#pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int i = i0 + 16 * warp + lane / 4 + 8 * r;
     const RowNumbers numbers = RowNumbers::of(p, head, i);
@@ -280,7 +282,7 @@ MLC_DEVICE void diagonal_sum(const AttentionArgs& p, const DsSum& to, T* tiles, 
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(Shape<T, kDim>::kThreads) attention_ds_sum(AttentionArgs p, DsSum to) {
+__global__ void __launch_bounds__(Shape<T, kDim>::kThreads, 2) attention_ds_sum(AttentionArgs p, DsSum to) {
   using S = Shape<T, kDim>;
   MLC_DYNAMIC_SMEM(T, tiles);
   float* scratch = reinterpret_cast<float*>(tiles + 2 * (S::kRows + S::kCols) * S::kLd);

@@ -48,13 +48,13 @@ struct AttentionArgs {
   MLC_DEVICE int64_t rows() const { return static_cast<int64_t>(B) * H * Tq; }
 };
 
-// Tile sizes of an instance for head dims up to kDim: kRows rows stay, kCols rows of the other side come by. What fits twice
-// in 163 KiB where rows are short, once where they are long.
+// Tile sizes of an instance for head dims up to kDim: kRows rows stay, kCols rows of the other side come by. Two blocks or more
+// fit in 163 KiB, except for the longest rows and for the backward of the second longest. Not measured.
 template <class T, int kDim_>
 struct Shape {
   static constexpr int kDim = kDim_, kRowBytes = kDim * static_cast<int>(sizeof(T));
   static constexpr int kWarps = kRowBytes >= 1024 ? 2 : 4, kRows = 16 * kWarps, kThreads = 32 * kWarps;
-  static constexpr int kCols = kRowBytes >= 1024 ? 16 : kRowBytes >= 512 ? 32 : 64, kPieces = kTile / kCols;
+  static constexpr int kCols = kRowBytes >= 512 ? 16 : kRowBytes >= 256 ? 32 : 64, kPieces = kTile / kCols;
   static constexpr int kLd = kDim + 16 / static_cast<int>(sizeof(T));  // padded: rows begin in different banks
 };
 
@@ -103,6 +103,7 @@ template <class S, class T>
 MLC_DEVICE void product_nt(float (&c)[S::kCols / 8][4], const T* a, const T* b, int D) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   if constexpr (sizeof(T) == 2) {
+#pragma unroll 2
     for (int k = 0; k < D; k += 16) {
       uint32_t fa[4];
       ldmatrix(fa, a + lane % 16 * S::kLd + k + lane / 16 * 8);
@@ -115,6 +116,7 @@ MLC_DEVICE void product_nt(float (&c)[S::kCols / 8][4], const T* a, const T* b, 
       }
     }
   } else {
+#pragma unroll 1
     for (int k = 0; k < D; k += 8) {
       SplitFragment<4> fa;
 #pragma unroll

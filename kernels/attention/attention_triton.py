@@ -22,11 +22,11 @@ from .attention_triton_tile import (
     is_finite,
     is_masked,
     kept,
-    key_range,
     load_rows,
+    query_block,
     store_rows,
     tile_scores,
-)  # fmt: skip
+)
 
 
 @triton.jit(do_not_specialize=["seed_lo", "seed_hi", "drop_below"])
@@ -38,13 +38,11 @@ def fwd_kernel(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """BQ queries of one head a program; the last ones of a head, which causal attention makes the longest, begin."""
+    """BQ queries of one head a program."""
     LISTED: tl.constexpr = row_ptr is not None
     PRECISION: tl.constexpr = "ieee"
     PIECES: tl.constexpr = TILE // BK
-    blocks = tl.cdiv(Tq, BQ)
-    i0, head = (blocks - 1 - tl.program_id(0) % blocks) * BQ, tl.program_id(0) // blocks
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    i0, head, b, h, begin, end = query_block(row_ptr, set_sb, set_sh, H, Tq, Tk, left, right, offset, BQ)
     k += b * k_sb + h // group * k_sh
     v += b * v_sb + h // group * v_sh
     if bias is not None:
@@ -57,10 +55,6 @@ def fwd_kernel(
     acc = tl.zeros([BQ, BDV], tl.float32)
     m = tl.full([BQ], -INF, tl.float32)
     l = tl.zeros([BQ], tl.float32)
-    begin, end = key_range(i0 // TILE, Tq, Tk, left, right, offset)
-    if LISTED:
-        row = (b * set_sb + h * set_sh) * tl.cdiv(Tq, TILE) + i0 // TILE
-        begin, end = tl.load(row_ptr + row).to(tl.int32), tl.load(row_ptr + row + 1).to(tl.int32)
     for piece in range(begin * PIECES, end * PIECES):
         entry = piece // PIECES
         kt, tile = entry, -1
@@ -108,7 +102,7 @@ def fwd_kernel(
         inside = i0 + ii < Tq
         tl.store(at, log, mask=inside)
         rounding = tl.where(empty, 1.0, tl.exp2(log * LOG2E - m) / l)
-        tl.store(at + (tl.num_programs(0) // blocks).to(tl.int64) * Tq, rounding, mask=inside)
+        tl.store(at + (tl.num_programs(0) // tl.cdiv(Tq, BQ)).to(tl.int64) * Tq, rounding, mask=inside)
 
 
 class _Problem:
@@ -250,14 +244,16 @@ def compile_specs() -> list[tuple]:
     """(kernel, signature, constexprs, options, attributes) of the variants that tests compile ahead."""
     listed = ("row_ptr", "cols", "ids", "bits")
     everything = (*listed, "bias", "relative", "sinks", "d_lse")
+    ones = {"H": 1, "group": 1, "Tq": 1, "out_heads": 1, "out_rows": 1, "sum_b": 1, "sum_h": 1}  # Triton compiles them in
     return [
         _compile_spec(row_delta_kernel, "bf16", 64, ("d_lse",)),
         _compile_spec(fwd_kernel, "bf16", 64),
         _compile_spec(fwd_kernel, "fp16", 128, everything, SOFTCAP=True, DROPOUT=True),
-        _compile_spec(fwd_kernel, "fp32", 64),
+        _compile_spec(fwd_kernel, "fp32", 64, listed, **ones),
         _compile_spec(dq_kernel, "bf16", 128, listed),
-        _compile_spec(dkv_kernel, "bf16", 64),
+        _compile_spec(dkv_kernel, "bf16", 64, ("relative",), **ones),
         _compile_spec(dkv_kernel, "fp16", 256, everything, SOFTCAP=True, DROPOUT=True),
         _compile_spec(ds_sum_kernel, "bf16", 64, everything, DIAGONAL=False),
+        _compile_spec(ds_sum_kernel, "bf16", 64, ("bias",), DIAGONAL=False, **ones),
         _compile_spec(ds_sum_kernel, "fp32", 64, ("relative",), DIAGONAL=True),
     ]

@@ -21,10 +21,11 @@ from .attention_triton_tile import (
     kept,
     key_range,
     load_rows,
+    query_block,
     query_range,
     store_rows,
     tile_scores,
-)  # fmt: skip
+)
 
 _HASHED = ["seed_lo", "seed_hi", "drop_below"]
 
@@ -96,9 +97,7 @@ def dq_kernel(
     LISTED: tl.constexpr = row_ptr is not None
     PRECISION: tl.constexpr = "ieee"
     PIECES: tl.constexpr = TILE // BK
-    blocks = tl.cdiv(Tq, BQ)
-    i0, head = (blocks - 1 - tl.program_id(0) % blocks) * BQ, tl.program_id(0) // blocks
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    i0, head, b, h, begin, end = query_block(row_ptr, set_sb, set_sh, H, Tq, Tk, left, right, offset, BQ)
     k += b * k_sb + h // group * k_sh
     v += b * v_sb + h // group * v_sh
     if bias is not None:
@@ -109,14 +108,10 @@ def dq_kernel(
     i = (i0 + ii)[:, None]
     q_tile = load_rows(q + b * q_sb + h * q_sh, q_st, i0, ii, Tq, D, BD)  # (BQ, D)
     d_o_tile = load_rows(d_o + b * d_o_sb + h * d_o_sh, d_o_st, i0, ii, Tq, DV, BDV)  # (BQ, DV)
-    all_rows = (tl.num_programs(0) // blocks).to(tl.int64) * Tq
+    all_rows = (tl.num_programs(0) // tl.cdiv(Tq, BQ)).to(tl.int64) * Tq
     log, factor, rows = load_statistics(lse, delta, all_rows, head.to(tl.int64) * Tq + i0 + ii, i0 + ii < Tq)
     log, factor, rows = log[:, None], factor[:, None], rows[:, None]
     acc = tl.zeros([BQ, BD], tl.float32)
-    begin, end = key_range(i0 // TILE, Tq, Tk, left, right, offset)
-    if LISTED:
-        row = (b * set_sb + h * set_sh) * tl.cdiv(Tq, TILE) + i0 // TILE
-        begin, end = tl.load(row_ptr + row).to(tl.int32), tl.load(row_ptr + row + 1).to(tl.int32)
     for piece in range(begin * PIECES, end * PIECES):
         entry = piece // PIECES
         kt, tile = entry, -1

@@ -82,6 +82,20 @@ def query_range(kt, Tq, Tk, left, right, offset):
 
 
 @triton.jit
+def query_block(row_ptr, set_sb, set_sh, H, Tq, Tk, left, right, offset, BQ: tl.constexpr):
+    """(first query, b * H + h, b, h, begin, end) of a program over BQ queries: the tiles it visits, or entries of the list.
+    The last queries of a head, which causal attention makes the longest, begin."""
+    blocks = tl.cdiv(Tq, BQ)
+    i0, head = (blocks - 1 - tl.program_id(0) % blocks) * BQ, tl.program_id(0) // blocks
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    begin, end = key_range(i0 // TILE, Tq, Tk, left, right, offset)
+    if row_ptr is not None:
+        row = (b * set_sb + h * set_sh) * tl.cdiv(Tq, TILE) + i0 // TILE
+        begin, end = tl.load(row_ptr + row).to(tl.int32), tl.load(row_ptr + row + 1).to(tl.int32)
+    return i0, head, b, h, begin, end
+
+
+@triton.jit
 def is_masked(i0, j0, tile, Tk, left, right, offset, BQ: tl.constexpr, BK: tl.constexpr):
     """Whether some of BQ queries from i0 doesn't see some of BK keys from j0, or the keys end there."""
     ahead = j0 - i0 - offset
