@@ -3,6 +3,7 @@
 from .alignment import AdditiveAttention, LocationAwareAttention, MonotonicAttention, guided_attention_loss
 from .causal_conv1d import CausalConv1d
 from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d, DepthwiseSeparableConv2d
+from .gathered_attention import ReformerAttention, RoutingAttention, SinkhornAttention
 from .layer_norm import LayerNorm
 from .linear_attention import DeltaNet, GatedLinearAttention, LinearAttention, RandomFeatures, RetentionLayer
 from .linformer_attention import LinformerAttention
@@ -15,6 +16,7 @@ from .pattern_attention import (
     PatternAttention,
     StridedAttention,
 )
+from .positional_encoding import LearnedEncoding, RotaryEncoding, SinusoidalEncoding
 from .rms_norm import RMSNorm
 from .synthesizer_attention import SynthesizerAttention
 from .transformer import Transformer, TransformerDecoder, TransformerEncoder
@@ -33,6 +35,7 @@ __all__ = [
     "GlobalLocalAttention",
     "GraphAttention",
     "LayerNorm",
+    "LearnedEncoding",
     "LinearAttention",
     "LinformerAttention",
     "LocalAttention",
@@ -42,7 +45,12 @@ __all__ = [
     "PatternAttention",
     "RMSNorm",
     "RandomFeatures",
+    "ReformerAttention",
     "RetentionLayer",
+    "RotaryEncoding",
+    "RoutingAttention",
+    "SinkhornAttention",
+    "SinusoidalEncoding",
     "StridedAttention",
     "SynthesizerAttention",
     "Transformer",
