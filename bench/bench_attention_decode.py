@@ -63,12 +63,12 @@ def make_group(p: Problem, dtype: torch.dtype) -> Group:
         "mlcore": ours(k, v),
         "mlcore, pages of 16": ours(*pages, page_table=table),
         "mlcore, int8": ours(*small, k_scale=scales[0], v_scale=scales[1]),
-        "torch-sdpa": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=p.H != p.Hkv),
+        "torch-sdpa": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=p.Hkv != p.H),
         "read": lambda: [w @ ones for w in words],
     }
 
     def exact(q, k, v):
-        return F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=p.H != p.Hkv)
+        return F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=p.Hkv != p.H)
 
     def check(row, got):
         if row == "read":

@@ -3,6 +3,7 @@
 from .alignment import AdditiveAttention, LocationAwareAttention, MonotonicAttention, guided_attention_loss
 from .causal_conv1d import CausalConv1d
 from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d, DepthwiseSeparableConv2d
+from .gathered_attention import ReformerAttention, RoutingAttention, SinkhornAttention
 from .layer_norm import LayerNorm
 from .linear_attention import DeltaNet, GatedLinearAttention, LinearAttention, RandomFeatures, RetentionLayer
 from .linformer_attention import LinformerAttention
@@ -15,6 +16,7 @@ from .pattern_attention import (
     PatternAttention,
     StridedAttention,
 )
+from .positional_encoding import LearnedEncoding, RotaryEncoding, SinusoidalEncoding
 from .quant_embedding import QuantEmbedding
 from .quant_linear import QuantLinear
 from .rms_norm import RMSNorm
@@ -35,6 +37,7 @@ __all__ = [
     "GlobalLocalAttention",
     "GraphAttention",
     "LayerNorm",
+    "LearnedEncoding",
     "LinearAttention",
     "LinformerAttention",
     "LocalAttention",
@@ -46,7 +49,12 @@ __all__ = [
     "QuantLinear",
     "RMSNorm",
     "RandomFeatures",
+    "ReformerAttention",
     "RetentionLayer",
+    "RotaryEncoding",
+    "RoutingAttention",
+    "SinkhornAttention",
+    "SinusoidalEncoding",
     "StridedAttention",
     "SynthesizerAttention",
     "Transformer",

@@ -1,6 +1,7 @@
 """The operators as functions. Each file registers one op: schema, fake, launcher, autograd.Function, public function."""
 
 from ._attention_decode import attention_with_kvcache, rotate
+from ._attention_gathered import gathered_attention
 from ._attention_positions import alibi_slopes, merge_attention, t5_relative
 from .attention import attention, scaled_dot_product_attention
 from .causal_conv1d import causal_conv1d, causal_conv1d_update
@@ -19,6 +20,7 @@ __all__ = [
     "depthwise_conv1d",
     "depthwise_conv2d",
     "depthwise_conv3d",
+    "gathered_attention",
     "layer_norm",
     "linear_attention",
     "linear_attention_step",
