@@ -1,113 +1,22 @@
-// Validates, lists the (sequence, head) pairs, and shares the phases of their chunks out to threads. The contract is
-// linear_attention.h, the arithmetic the *_cpu.inl files.
+// Lists the (sequence, head) pairs and shares the phases of their chunks out to threads. The contract is linear_attention.h,
+// its checks linear_attention_args.h, the arithmetic the *_cpu.inl files.
 #include "linear_attention/linear_attention.h"
 
 #include <algorithm>
+#include <atomic>
+#include <thread>
 #include <vector>
 
 #include "core/parallel.h"
 #include "core/scratch.h"
-#include "linear_attention/linear_attention_kernels.h"
+#include "linear_attention/linear_attention_args.h"
 
 namespace mlcore {
 namespace {
 
-constexpr const char* kOp = "linear_attention";
+constexpr const char* kOp = kLinearAttention;
 constexpr int64_t kCachedFloats = 1 << 18;  // of a thread's slots: 1 MiB, half an L2 cache
 thread_local Scratch shared_scratch;        // of the calling thread; its workers get slices
-
-struct Args {
-  const DLTensor *q, *k, *v, *gate, *beta, *cu_seqlens;
-  int64_t feature_map, normalize, causal, span;
-};
-
-Tokens tokens(const Tensor& x) {
-  if (x.rank() == 4) x.last_dim_contiguous();
-  return {x.raw(), x.stride(0), x.stride(1), x.stride(2), x.dtype()};
-}
-
-FeatureMap feature_map_of(int64_t number) {
-  require(number >= 0 && number <= 3, kOp, ": feature_map must be 0 to 3; got ", number);
-  return static_cast<FeatureMap>(number);
-}
-
-LinearAttentionProblem make_problem(const Args& a) {
-  const Tensor q(a.q, kOp, "q"), k(a.k, kOp, "k"), v(a.v, kOp, "v"), gate(a.gate, kOp, "gate"), beta(a.beta, kOp, "beta"),
-      cu(a.cu_seqlens, kOp, "cu_seqlens");
-  q.on(kDLCPU).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16}).rank_is(4, "(B, H, Tq, D)");
-  LinearAttentionProblem p{};
-  p.B = q.size(0), p.H = q.size(1), p.Tq = q.size(2), p.D = q.size(3);
-  p.causal = a.causal != 0, p.normalize = a.normalize != 0;
-  k.on(kDLCPU).dtype_in({q.dtype()}).rank_is(4, "(B, H, Tk, D)");
-  p.Tk = k.size(2);
-  k.shape_is({p.B, p.H, p.Tk, p.D}, "(B, H, Tk, D)");
-  require(!p.causal || p.Tk == p.Tq, kOp, ": causal attention needs as many keys as queries; got ", p.Tk, " and ", p.Tq);
-  v.on(kDLCPU).dtype_in({q.dtype()}).rank_is(4, "(B, H, Tk, Dv)");
-  p.Dv = v.size(3);
-  v.shape_is({p.B, p.H, p.Tk, p.Dv}, "(B, H, Tk, Dv)");
-  require(p.D >= 1 && p.Dv >= 1, kOp, ": head dims must be at least 1; got D ", p.D, ", Dv ", p.Dv);
-  p.map = feature_map_of(a.feature_map);
-  p.q = tokens(q), p.k = tokens(k), p.v = tokens(v);
-  if (gate.present()) {
-    require(p.causal, kOp, ": gate needs causal attention");
-    gate.on(kDLCPU).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16});
-    if (gate.rank() == 3) {
-      gate.shape_is({p.B, p.H, p.Tq}, "(B, H, T)");
-    } else {
-      gate.shape_is({p.B, p.H, p.Tq, p.D}, "(B, H, T) or (B, H, T, D)");
-    }
-    p.gated = gate.rank() == 3 ? Gate::scalar : Gate::vector;
-    p.gate = tokens(gate);
-  }
-  if (beta.present()) {
-    require(p.causal && !p.normalize, kOp, ": beta needs causal attention without normalize");
-    beta.on(kDLCPU).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16}).shape_is({p.B, p.H, p.Tq}, "(B, H, T)");
-    p.beta = tokens(beta), p.delta_rule = true;
-  }
-  p.sequences = p.B;
-  if (cu.present()) {
-    require(p.B == 1, kOp, ": cu_seqlens needs a batch of 1; got ", p.B);
-    cu.on(kDLCPU).dtype_in({Dtype::i64}).rank_is(1, "(N + 1)").contiguous();
-    require(cu.numel() >= 1, kOp, ": cu_seqlens must have at least one element");
-    p.sequences = cu.numel() - 1;
-    p.cu_seqlens = cu.data<int64_t>();
-    require(p.cu_seqlens[0] == 0 && p.cu_seqlens[p.sequences] == p.Tk && p.Tk == p.Tq, kOp,
-            ": cu_seqlens must go from 0 to the number of tokens, ", p.Tk, "; it goes from ", p.cu_seqlens[0], " to ",
-            p.cu_seqlens[p.sequences]);
-    for (int64_t n = 0; n < p.sequences; ++n)
-      require(p.cu_seqlens[n] <= p.cu_seqlens[n + 1], kOp, ": cu_seqlens must not fall; it does at ", n + 1);
-  }
-  require(a.span > 0 && a.span % kChunk == 0, kOp, ": span must be a positive multiple of ", kChunk, "; got ", a.span);
-  p.span = a.span;
-  p.slots = p.Tq / p.span + (p.cu_seqlens ? p.sequences : 1);
-  return p;
-}
-
-float* state_of(const LinearAttentionProblem& p, const DLTensor* t, const char* name) {
-  const Tensor state(t, kOp, name);
-  if (!state.present()) return nullptr;
-  state.on(kDLCPU)
-      .dtype_in({Dtype::f32})
-      .shape_is({p.sequences, p.H, p.D, p.state_cols()}, "(N, H, D, Dv + normalize)")
-      .contiguous();
-  return state.data<float>();
-}
-
-void set_den(LinearAttentionProblem& p, const DLTensor* den_) {
-  const Tensor den(den_, kOp, "den");
-  require(den.present() == p.normalize, kOp, ": den goes with normalize");
-  if (!p.normalize) return;
-  den.on(kDLCPU).dtype_in({Dtype::f32}).shape_is({p.B, p.H, p.Tq}, "(B, H, Tq)").contiguous();
-  p.den = den.data<float>();
-}
-
-void set_states(LinearAttentionProblem& p, const Tensor& states) {
-  states.on(kDLCPU)
-      .dtype_in({Dtype::f32})
-      .shape_is({p.B, p.H, p.slots, p.D, p.state_cols()}, "(B, H, Tq / span + N / B, D, Dv + normalize)")
-      .contiguous();
-  p.states = states.data<float>();
-}
 
 std::vector<Item> items_of(const LinearAttentionProblem& p) {
   std::vector<Item> items;
@@ -125,11 +34,12 @@ std::vector<Item> items_of(const LinearAttentionProblem& p) {
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How the work is shared. Where items keep all threads busy, each is one thread's from its first token to its last, and its
-// operands stay in that thread's cache (walk). Else all threads work on the same group of chunks: phases that need no state cut
-// by chunks, those that do by the state's rows or, with the delta rule, by columns of the values. No cut changes a bit.
+// operands stay in that thread's cache (walk). Else, where items have many spans of tokens, threads take these one after the
+// other and hand the state on (relay). Else all threads work on the same group of chunks: phases that need no state cut by
+// chunks, those that do by the state's rows or, with the delta rule, by columns of the values. No cut changes a bit.
 struct Plan {
   int threads;
-  bool walk;
+  bool walk, relay;
   int64_t tiles, tile_cols;  // of the values' padded columns
 
   // Below this many multiplications a second thread costs more than it brings (about 20 us).
@@ -140,6 +50,7 @@ struct Plan {
                         static_cast<double>((p.D + kChunk) * (p.Dv + kChunk)) / 4;
     threads = static_cast<int>(std::max(1.0, std::min<double>(num_threads(), work / kWorthAThread)));
     walk = threads == 1 || items % threads == 0 || items >= 4 * threads;
+    relay = !walk && p.causal && !p.delta() && items * ceil_div(p.Tq, p.span) >= 2 * threads;
     const int64_t cols = ceil_div(p.Dv, width) * width;
     const int64_t wanted = walk ? 1 : ceil_div(threads, std::max<int64_t>(items, 1));
     tile_cols = ceil_div(ceil_div(cols, std::min<int64_t>(wanted, cols / width)), width) * width;
@@ -303,6 +214,86 @@ void bwd_causal(const Crew& x) {
     x.run(x.count, [&](int64_t i, int) { k.store_state(p, x.d_state(i), rows_of(p, p.d_initial_state, x.items[i])); });
 }
 
+// Causal without the delta rule, spans of every item shared by all threads. A thread makes what its span adds to the state,
+// waits for the state that the span before leaves (in backward: for the gradient from behind), hands on its own, and only then
+// computes outputs: nobody waits but for the few additions of those before. Spans are claimed in the order of the waiting.
+class Relay {
+ public:
+  Relay(const LinearAttentionProblem& p, const std::vector<Item>& items, const Plan& plan, bool backward)
+      : p_(p),
+        k_(linear_attention_kernels_now()),
+        items_(items),
+        threads_(plan.threads),
+        backward_(backward),
+        per_span_(p.span / kChunk),
+        state_((k_.state_floats(p) + 15) / 16 * 16),
+        slot_(k_.slot_floats(p, backward)),
+        own_(state_ + per_span_ * slot_ + k_.scratch_floats(p)),
+        done_(items.size()) {
+    base_ = shared_scratch.floats(static_cast<size_t>(count() * state_ + threads_ * own_));
+  }
+
+  void run() {
+    const float* start = backward_ ? p_.d_final_state : p_.initial_state;
+    float* end = backward_ ? p_.d_initial_state : p_.final_state;
+    int64_t most = 0;
+    for (int64_t i = 0; i < count(); ++i) {
+      k_.load_state(p_, rows_of(p_, start, item(i)), state(i));
+      most = std::max(most, spans(i));
+    }
+    parallel_claim(count() * most, threads_, [&](int64_t n, int thread) {
+      const int64_t i = n % count(), turn = n / count();
+      if (turn < spans(i)) span(i, turn, base_ + count() * state_ + thread * own_);
+    });
+    for (int64_t i = 0; end && i < count(); ++i) k_.store_state(p_, state(i), rows_of(p_, end, item(i)));
+  }
+
+ private:
+  int64_t count() const { return static_cast<int64_t>(items_.size()); }
+  const Item& item(int64_t i) const { return items_[static_cast<size_t>(i)]; }
+  float* state(int64_t i) const { return base_ + i * state_; }
+  int64_t spans(int64_t i) const { return ceil_div(item(i).q_length, p_.span); }
+
+  void span(int64_t i, int64_t turn, float* own) {
+    const int64_t number = backward_ ? spans(i) - 1 - turn : turn, t0 = number * p_.span;
+    const int64_t chunks = std::min(per_span_, ceil_div(item(i).q_length - t0, kChunk));
+    float *after = own, *work = own + state_ + per_span_ * slot_;
+    float* kept = p_.states ? p_.states + (item(i).first_slot + number) * state_rows(p_) : nullptr;
+    const auto slot = [&](int64_t c) { return own + state_ + c * slot_; };
+    for (int64_t c = 0; c < chunks; ++c) {
+      k_.prepare(p_, item(i), t0 + c * kChunk, slot(c), work, backward_);
+      k_.local_states(p_, item(i), t0 + c * kChunk, slot(c), backward_);
+    }
+    if (backward_) {
+      k_.load_state(p_, kept, after);
+      for (int64_t c = 0; c < chunks; ++c) k_.scan(p_, slot(c), after, 0, p_.D, true);
+    }
+    std::atomic<int64_t>& done = done_[static_cast<size_t>(i)];
+    for (int tries = 0; done.load(std::memory_order_acquire) != turn; ++tries)
+      if (tries > 1000) std::this_thread::yield();
+    for (int64_t c = 0; c < chunks; ++c)
+      backward_ ? k_.reverse_scan(p_, slot(chunks - 1 - c), state(i), 0, p_.D) : k_.scan(p_, slot(c), state(i), 0, p_.D, false);
+    done.store(turn + 1, std::memory_order_release);
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t t = t0 + c * kChunk;
+      if (backward_) {
+        k_.gradients(p_, item(i), t, slot(c), c + 1 < chunks ? slot(c + 1) : nullptr, after, work);
+      } else {
+        k_.outputs(p_, item(i), t, slot(c), c == 0 ? kept : nullptr, work);
+      }
+    }
+  }
+
+  const LinearAttentionProblem& p_;
+  const LinearAttentionKernels& k_;
+  const std::vector<Item>& items_;
+  int threads_;
+  bool backward_;
+  int64_t per_span_, state_, slot_, own_;
+  std::vector<std::atomic<int64_t>> done_;  // spans of an item whose states have been handed on
+  float* base_ = nullptr;
+};
+
 void fwd_whole(const Crew& x) {
   const LinearAttentionProblem& p = x.p;
   const LinearAttentionKernels& k = x.kernels;
@@ -350,6 +341,10 @@ void perform(const LinearAttentionProblem& p, bool backward, void (*pass)(const 
   const int64_t count = static_cast<int64_t>(items.size());
   if (count == 0) return;
   const Plan plan(p, count, kernels.width);
+  if (plan.relay) {
+    Relay(p, items, plan, backward).run();
+    return shared_scratch.release_if_large();
+  }
   // Walking forward, a chunk's operands are used at once; elsewhere the chunks of a span have slots at the same time, and with
   // the forward of all threads, to which every phase of a group costs a barrier, as many as fit the caches.
   int64_t group = !p.causal ? 0 : plan.walk && !backward ? 1 : p.span / kChunk;
@@ -370,8 +365,8 @@ void perform(const LinearAttentionProblem& p, bool backward, void (*pass)(const 
   shared_scratch.release_if_large();
 }
 
-void fwd(const Args& a, const DLTensor* initial_state_, const DLTensor* o_, const DLTensor* den_, const DLTensor* final_state_,
-         const DLTensor* states_) {
+void fwd(const LinearAttentionArgs& a, const DLTensor* initial_state_, const DLTensor* o_, const DLTensor* den_,
+         const DLTensor* final_state_, const DLTensor* states_) {
   LinearAttentionProblem p = make_problem(a);
   const Tensor o(o_, kOp, "o"), states(states_, kOp, "states");
   o.on(kDLCPU).dtype_in({p.q.dtype}).shape_is({p.B, p.H, p.Tq, p.Dv}, "(B, H, Tq, Dv)");
@@ -383,7 +378,7 @@ void fwd(const Args& a, const DLTensor* initial_state_, const DLTensor* o_, cons
   perform(p, false, p.causal ? fwd_causal : fwd_whole);
 }
 
-void bwd(const Args& a, const DLTensor* o_, const DLTensor* den_, const DLTensor* states_, const DLTensor* d_o_,
+void bwd(const LinearAttentionArgs& a, const DLTensor* o_, const DLTensor* den_, const DLTensor* states_, const DLTensor* d_o_,
          const DLTensor* d_final_state_, const DLTensor* dq_, const DLTensor* dk_, const DLTensor* dv_, const DLTensor* dgate_,
          const DLTensor* dbeta_, const DLTensor* d_initial_state_) {
   LinearAttentionProblem p = make_problem(a);

@@ -4,33 +4,17 @@
 #include <math.h>
 
 #include "core/simd/gemm.h"
-#include "core/simd/rows.h"
-#include "linear_attention/linear_attention_gemm.h"
+#include "core/simd/products.h"
+#include "core/simd/token_rows.h"
 #include "linear_attention/linear_attention_kernels.h"
 
 namespace mlcore::MLC_ISA {
 
 constexpr int C = kChunk;
 constexpr int kSub = 16, kSubs = C / kSub;  // tokens that share a base of vector gates
-constexpr double kLog2e = 1.4426950408889634;
-constexpr float kLowest = -200.0f;  // of a gate in log2: 0 in fp32, and small enough that sums of a chunk stay exact
+constexpr float kLowest = -200.0f;          // of a gate in log2: 0 in fp32, and small enough that sums of a chunk stay exact
 
-inline int64_t padded(int64_t cols) { return round_up<int64_t>(cols, Vec::W); }
 inline int64_t state_size(const LinearAttentionProblem& p) { return p.D * padded(p.Dv) + padded(p.D); }
-
-class Arena {
- public:
-  explicit Arena(float* base) : base_(base) {}
-  float* take(int64_t floats) {
-    float* at = base_ ? base_ + used : nullptr;
-    used += round_up<int64_t>(floats, 16);
-    return at;
-  }
-  int64_t used = 0;
-
- private:
-  float* base_;
-};
 
 // q, k: after the feature map. With a gate of log-sums b (inclusive, within the chunk): qd = q exp(b), kb = k exp(b),
 // kd = k exp(b[last] - b), carry = exp(b[last]); without they are q, k, k and ones.
@@ -88,30 +72,12 @@ struct Work {
   }
 };
 
-template <class T>
-T* token(const Tokens& x, int64_t b, int64_t h, int64_t t) {
-  return static_cast<T*>(x.data) + b * x.sb + h * x.sh + t * x.st;
-}
-
-// Columns beyond cols become 0.
 inline void load_rows(const Tokens& x, const Item& item, int64_t t, int n, int64_t cols, float* dst) {
-  const int64_t ld = padded(cols);
-  with_type(x.dtype, [&](auto tag) {
-    for (int i = 0; i < n; ++i) {
-      const auto* src = token<decltype(tag)>(x, item.b, item.h, item.start + t + i);
-      for_row(cols, [&](int64_t c, int m) { load_some(src + c, m).store(dst + i * ld + c); });
-    }
-  });
+  load_rows(x, item.b, item.h, item.start + t, n, cols, dst, padded(cols));
 }
-
 inline void store_rows(const Tokens& x, const Item& item, int64_t t, int n, int64_t c0, int64_t c1, const float* src,
                        int64_t ld) {
-  with_type(x.dtype, [&](auto tag) {
-    for (int i = 0; i < n; ++i) {
-      auto* out = token<decltype(tag)>(x, item.b, item.h, item.start + t + i);
-      for_row(c1 - c0, [&](int64_t c, int m) { store_some(out + c0 + c, Vec::load(src + i * ld + c0 + c), m); });
-    }
-  });
+  store_rows(x, item.b, item.h, item.start + t, n, c0, c1, src, ld);
 }
 
 inline void load_numbers(const Tokens& x, const Item& item, int64_t t, int n, float* dst) {
@@ -119,9 +85,6 @@ inline void load_numbers(const Tokens& x, const Item& item, int64_t t, int n, fl
     for (int i = 0; i < n; ++i) dst[i] = to_float(*token<decltype(tag)>(x, item.b, item.h, item.start + t + i));
   });
 }
-
-// 2^x for any x: saturates above.
-inline Vec power(Vec x) { return exp2(min(Vec::set1(127.0f), x)); }
 
 // phi in place, on rows of cols (padded: the padding stays 0).
 inline void apply_map(FeatureMap map, int n, int64_t cols, float* x) {
@@ -277,10 +240,6 @@ inline void decay_to_sub(const LinearAttentionProblem& p, const Slot& s, int I, 
       (Vec::load(row + c) + Vec::load(s.logs + J * Dp + c)).store(row + c);
     }
   }
-}
-
-inline void turn(const float* src, int64_t ld, int rows, int64_t cols, int64_t ld_out, float* dst) {
-  pack_transposed(src, ld, rows, cols, OneScale{1.0f}, ld_out, ld_out, dst);
 }
 
 // Zeros where query i comes before key j (strict: or is it), decays elsewhere.

@@ -2,7 +2,7 @@
 // says why the work is cut so.
 #pragma once
 #include "core/cpu_features.h"
-#include "core/tensor.h"
+#include "core/tokens.h"
 
 namespace mlcore {
 
@@ -10,13 +10,6 @@ constexpr int kChunk = 64;  // tokens that are computed at once; a constant of t
 
 enum class FeatureMap : int { none, elu, relu, softmax };
 enum class Gate : int { none, scalar, vector };
-
-// A (B, H, T, cols) or, with one number a token, (B, H, T) operand; strides in elements.
-struct Tokens {
-  void* data = nullptr;
-  int64_t sb = 0, sh = 0, st = 0;
-  Dtype dtype = Dtype::f32;
-};
 
 struct LinearAttentionProblem {
   int64_t B, H, Tq, Tk, D, Dv, sequences, span;

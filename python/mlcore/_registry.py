@@ -133,6 +133,15 @@ def transformed() -> bool:
     return _functorch_level() is not None or forward_ad._current_level >= 0 or _tracing() is not None
 
 
+def reference_if_transformed(op: str, impl: str | None) -> str | None:
+    """impl, or "reference" where transformed(); an explicit kernel is refused there."""
+    if not transformed():
+        return impl
+    if impl not in (None, "reference"):
+        raise ValueError(f"{op}: impl={impl!r} can't serve torch.func, forward-mode AD or torch.jit.trace; the reference can")
+    return "reference"
+
+
 def create_graph() -> bool:
     """True in a backward pass that must itself be differentiable."""
     return torch.is_grad_enabled() and not _compiling()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from .._backend import choose
-from .._registry import autocast, create_graph, direct, kernel, needs_grad, register, transformed
+from .._registry import autocast, create_graph, direct, kernel, needs_grad, reference_if_transformed, register, transformed
 from ..kernels.linear_attention import linear_attention_ref
 
 _OP = "linear_attention"
@@ -338,11 +338,21 @@ def _check_gates(q, causal, decay, gate, beta):
         raise ValueError(f"{_OP}: beta must be (B, H, T) = {(B, H, T)}; got {tuple(beta.shape)}")
     if decay is None:
         return gate
-    # In two steps, so that the sum of decay's gradient is one that torch doesn't cut by threads (up to 32768 tokens at H = 1).
-    decay = decay.view(1, H, 1).expand(1, H, T)
+    decay = _per_token(decay, T)
     if gate is None:
         return decay.expand(B, H, T)
     return gate + (decay if gate.dim() == 3 else decay.unsqueeze(3))
+
+
+def _per_token(decay, T):
+    """decay (H) as (1, H, T). Its gradient is a sum over tokens, which torch cuts by threads where it is one long sum of one
+    number: so it is a sum over blocks of 512 tokens and a sum of those, and no bit depends on the number of threads.
+    """
+    H = decay.shape[0]
+    if not needs_grad(decay):
+        return decay.view(1, H, 1).expand(1, H, T)
+    blocks = (T + 511) // 512
+    return decay.view(1, H, 1).expand(1, H, blocks).unsqueeze(3).expand(1, H, blocks, 512).flatten(2)[:, :, :T]
 
 
 def _check_sequences(q, v, normalize, initial_state, cu_seqlens) -> None:
@@ -369,12 +379,7 @@ def _narrow(t):
 
 
 def _run(q, k, v, gate, beta, initial_state, cu_seqlens, feature, normalize, causal, impl):
-    if transformed():
-        if impl not in (None, "reference"):
-            raise ValueError(
-                f"{_OP}: impl={impl!r} can't serve torch.func, forward-mode AD or torch.jit.trace; the reference can"
-            )
-        impl = "reference"
+    impl = reference_if_transformed(_OP, impl)
     backend = choose(_OP, impl, q)
     if backend != "reference" and not (q.shape[3] and v.shape[3]):
         if impl is not None:

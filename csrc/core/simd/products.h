@@ -1,5 +1,5 @@
-// Products of row-major fp32 matrices with leading dimensions known at run time, which a chunk's triangular and narrow operands
-// need and core/simd/gemm.h, with its packed panels, doesn't offer: C (M, N) from A (M, K) and B (K, N), N a multiple of W.
+// Products of row-major fp32 matrices with leading dimensions known at run time, also triangular ones, which core/simd/gemm.h,
+// with its packed panels, doesn't offer: C (M, N) from A (M, K) and B (K, N), N a multiple of W.
 // An element is one chain of fused multiply-adds from 0 in order of k, and meets C last: bits don't depend on the blocking.
 #pragma once
 #include "core/simd/vec.h"
