@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import platform
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,9 @@ BACKENDS = ("cpu", "cuda", "triton", "reference")
 SUPPORT: dict[str, dict[str, frozenset[torch.dtype]]] = {}
 for _op, _pass, _backend, _dtypes in _C.table():
     SUPPORT.setdefault(_op, {})[_backend] = frozenset(getattr(torch, d) for d in _dtypes.split())
+
+#: (op, backend) -> a rule over the call's main tensor: None where its kernels can serve it, else the reason. Set by op files.
+RULES: dict[tuple[str, str], Callable[[torch.Tensor], str | None]] = {}
 
 
 @functools.cache
@@ -78,11 +82,22 @@ def choose(op: str, impl: str | None, tensor: torch.Tensor) -> str:
     if impl is not None:
         if impl not in BACKENDS:
             raise ValueError(f"{op}: impl must be one of {', '.join(BACKENDS)} or None; got {impl!r}")
-        reason = _explicit(op, impl, tensor.device.type, tensor.dtype)
+        reason = _explicit(op, impl, tensor.device.type, tensor.dtype) or broken_rule(op, impl, tensor)
         if reason is not None:
             raise ValueError(f"{op}: impl={impl!r} can't serve this call: {reason}")
         return impl
-    return _automatic(op, tensor.device.type, tensor.dtype)
+    found = _automatic(op, tensor.device.type, tensor.dtype)
+    if (op, found) in RULES and broken_rule(op, found, tensor) is not None:
+        found = _next(op, found, tensor.device.type, tensor.dtype)
+        if broken_rule(op, found, tensor) is not None:
+            found = "reference"
+    return found
+
+
+def broken_rule(op: str, backend: str, tensor: torch.Tensor) -> str | None:
+    """Why the backend's kernels can't serve a call with this main tensor, whose device and dtype they take; or None."""
+    rule = RULES.get((op, backend))
+    return None if rule is None else rule(tensor)
 
 
 @torch.compiler.assume_constant_result
@@ -94,10 +109,20 @@ def _explicit(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None
 def _automatic(op: str, device: str, dtype: torch.dtype) -> str:
     found = _chosen.get((op, device, dtype))
     if found is None:
-        order = ("cuda", "triton", "reference") if device == "cuda" else ("cpu", "reference")
-        found = next(b for b in order if refusal(op, b, torch.device(device), dtype) is None)
-        _chosen[op, device, dtype] = found
+        found = _chosen[op, device, dtype] = next(_usable(op, device, dtype))
     return found
+
+
+@torch.compiler.assume_constant_result
+def _next(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
+    """The choice after `backend`, whose rule refuses the call."""
+    usable = list(_usable(op, device, dtype))
+    return usable[usable.index(backend) + 1]
+
+
+def _usable(op: str, device: str, dtype: torch.dtype) -> Iterator[str]:
+    order = ("cuda", "triton", "reference") if device == "cuda" else ("cpu", "reference")
+    return (b for b in order if refusal(op, b, torch.device(device), dtype) is None)
 
 
 _chosen: dict[tuple[str, str, torch.dtype], str] = {}
@@ -145,7 +170,7 @@ def explain(op: str, *tensors: torch.Tensor, impl: str | None = None, pattern=No
     reasons = {}
     for backend in BACKENDS:
         if backend != chosen:
-            reason = refusal(op, backend, main.device, main.dtype)
+            reason = refusal(op, backend, main.device, main.dtype) or broken_rule(op, backend, main)
             reasons[backend] = reason or f"usable with impl={backend!r}"
     note = "" if pattern is None else importlib.import_module("mlcore.ops._attention_schedule").describe(pattern, *tensors[:2])
     return Explanation(op, chosen, reasons, note)

@@ -6,14 +6,16 @@ A norm's kernels are (fwd, bwd) callables with the arguments of its C functions;
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +49,30 @@ def on_gpu(op: str, backend: str) -> Kernels:
         return tuple(getattr(cuda_library(), f"{op}_{p}") for p in ("fwd", "bwd"))
     module = importlib.import_module(f"mlcore.kernels.{op}.{op}_triton")
     return module.fwd, module.bwd
+
+
+@contextlib.contextmanager
+def serving(op: str, backend: str) -> Iterator[str]:
+    """Within the block mlcore.ops' function `op` computes CPU tensors by its own launcher with the emulated CUDA kernels
+    ("cuda") or the interpreted Triton kernels ("triton"), forward and backward. Gives what to pass as impl=."""
+    from mlcore import _C, _registry
+
+    ops = importlib.import_module(f"mlcore.ops.{op}")
+    passes = [p for o, p, b, _ in _C.table() if o == op and b == backend]
+    assert passes, f"kernels.inc has no {backend} row of {op}; rebuild mlcore"
+    if backend == "cuda":
+        if emulator.compiler() is None:
+            pytest.skip("the emulator needs Linux and a C++ compiler")
+        lib = emulator.load(f"kernels/{op}/{op}.cu")
+        kernels = {p: lambda *args, name=f"mlc_cuda_{op}_{p}": lib.call(name, *args, None) for p in passes}
+    else:
+        module = importlib.import_module(f"kernels.{op}.{op}_triton")
+        kernels = {p: getattr(module, p) for p in passes}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, kernel in kernels.items():
+            patch.setitem(_registry._kernels, (op, name, backend), kernel)
+        patch.setattr(ops, "choose", lambda op, impl, *_, **__: impl or backend)
+        yield backend
 
 
 def run_interpreted(test_file: str) -> None:

@@ -6,13 +6,26 @@ from collections.abc import Callable
 
 import torch
 
-from .._backend import choose
+from .._backend import RULES, choose
 from .._registry import autocast, create_graph, direct, kernel, needs_grad, reference_if_transformed, register, transformed
 from ..kernels.linear_attention import linear_attention_ref
 
 _OP = "linear_attention"
 _MAPS = (None, "elu", "relu", "softmax")
 _SPAN = 512  # tokens between the states that are kept for backward: 1 / 8 of them, and 8 chunks of 64 fit the L2 cache
+
+
+def _triton_takes(q: torch.Tensor) -> str | None:
+    D = q.shape[-1]
+    return f"q's head dim is {D}, the triton kernels hold states of at most 256 rows" if D > 256 else None
+
+
+def _cuda_takes(q: torch.Tensor) -> str | None:
+    return None if q.dim() == 3 else f"its kernel is linear_attention_step's, with q (B, H, D); q has {q.dim()} dimensions"
+
+
+RULES[_OP, "triton"] = _triton_takes
+RULES[_OP, "cuda"] = _cuda_takes
 
 _ARGS = (
     "Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? beta, Tensor? initial_state, Tensor? cu_seqlens, int feature, "
@@ -216,7 +229,7 @@ def linear_attention(
             left (the sum of the keys); N = B, or the number of sequences of cu_seqlens. None is zeros.
         return_state: also return the state after the last token.
         cu_seqlens: (N + 1) int64 0, ..., T for B = 1: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1] and may be empty.
-        impl: "cpu" or "reference"; None chooses (see mlcore.explain).
+        impl: "cpu", "triton", "reference" or, for linear_attention_step, "cuda"; None chooses (see mlcore.explain).
 
     Returns:
         o (B, H, Tq, Dv) in q's dtype; with return_state the pair (o, state), state as initial_state. Both are differentiable,
