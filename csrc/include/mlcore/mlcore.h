@@ -9,5 +9,6 @@
 #include "mlcore/layer_norm.h"
 #include "mlcore/linear_attention.h"
 #include "mlcore/rms_norm.h"
+#include "mlcore/separable_conv.h"
 
 #endif  // MLCORE_H_

@@ -2,7 +2,7 @@
 
 from .alignment import AdditiveAttention, LocationAwareAttention, MonotonicAttention, guided_attention_loss
 from .causal_conv1d import CausalConv1d
-from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d, DepthwiseSeparableConv2d
+from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d
 from .layer_norm import LayerNorm
 from .linear_attention import DeltaNet, GatedLinearAttention, LinearAttention, RandomFeatures, RetentionLayer
 from .linformer_attention import LinformerAttention
@@ -15,7 +15,9 @@ from .pattern_attention import (
     PatternAttention,
     StridedAttention,
 )
+from .pooling import MinPool2d, pool2d
 from .rms_norm import RMSNorm
+from .separable_conv import DepthwiseSeparableConv2d, PointwiseConv2d
 from .synthesizer_attention import SynthesizerAttention
 from .transformer import Transformer, TransformerDecoder, TransformerEncoder
 from .transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
@@ -37,9 +39,11 @@ __all__ = [
     "LinformerAttention",
     "LocalAttention",
     "LocationAwareAttention",
+    "MinPool2d",
     "MonotonicAttention",
     "MultiheadAttention",
     "PatternAttention",
+    "PointwiseConv2d",
     "RMSNorm",
     "RandomFeatures",
     "RetentionLayer",
@@ -51,4 +55,5 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "guided_attention_loss",
+    "pool2d",
 ]

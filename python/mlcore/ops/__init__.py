@@ -8,8 +8,11 @@ from .depthwise_conv import depthwise_conv1d, depthwise_conv2d, depthwise_conv3d
 from .layer_norm import layer_norm
 from .linear_attention import linear_attention, linear_attention_step
 from .rms_norm import rms_norm
+from .separable_conv import BatchNorm, PackedSeparable, separable_conv2d
 
 __all__ = [
+    "BatchNorm",
+    "PackedSeparable",
     "alibi_slopes",
     "attention",
     "attention_with_kvcache",
@@ -25,5 +28,6 @@ __all__ = [
     "rms_norm",
     "rotate",
     "scaled_dot_product_attention",
+    "separable_conv2d",
     "t5_relative",
 ]
