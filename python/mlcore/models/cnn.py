@@ -177,6 +177,9 @@ class _MobileNet(_Classifier):
         self.blocks = nn.Sequential(*blocks)
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(last, config.classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):  # He et al. 2015; torch's own would make the last layers' outputs vanish
+                nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
 
     def _pooled(self, x: torch.Tensor) -> torch.Tensor:
         h = self.stem(x.contiguous(memory_format=torch.channels_last))

@@ -36,12 +36,14 @@ class _Packed:
     """A block's ops.PackedSeparable, for as long as its tensors don't change."""
 
     def __init__(self) -> None:
-        self._made_of = self._value = None
+        self._made_of = self._value = self._kept = None
 
     def __call__(self, block, make):
-        if self._made_of is None or any(t is not o or t._version != v for (t, v), o in zip(self._made_of, block._tensors())):
-            self._value = make()
-            self._made_of = [(t, t._version) for t in block._tensors()]
+        tensors = block._tensors()
+        made_of = [(id(t), t._version) for t in tensors] + [(id(m), getattr(m, "eps", 0)) for m in block._modules.values()]
+        if made_of != self._made_of:
+            self._value, self._made_of = make(), made_of
+            self._kept = tensors, list(block._modules.values())  # so that an id stays its tensor's own
         return self._value
 
     def __deepcopy__(self, memo):  # it holds nothing that can't be made again
@@ -62,10 +64,8 @@ class _Block(nn.Module):
 
     def _tensors(self):
         """What a packed block is made of; in-place changes show in their versions, others in their identities."""
-        for layer in self._modules.values():
-            for t in (*layer._parameters.values(), *layer._buffers.values()):
-                if t is not None:
-                    yield t
+        layers = self._modules.values()
+        return [t for layer in layers for part in (layer._parameters, layer._buffers) for t in part.values() if t is not None]
 
     def _whole(self, x):
         """True where everything runs as one op with folded weights: inference on the CPU."""
