@@ -1,6 +1,6 @@
 // Depthwise convolution in one, two or three dimensions (absent ones have size 1), with M filters a channel:
 //   y[n,co,o] = bias[co] + sum_k weight[co,k] * x[n, co / M, o * stride + k * dilation - pad]     o, k over (D, H, W)
-//   x : (N, C, D, H, W) float32, bfloat16 or float16, 0 outside; contiguous in W or in C, other strides free
+//   x : (N, C, D, H, W), or without D, float32, bfloat16 or float16, 0 outside; contiguous in W or in C, other strides free
 //   y : (N, C*M, Do, Ho, Wo) of x's dtype, contiguous in the same dimension
 //   weight : (C*M, KD, KH, KW) float32, contiguous      bias : (C*M) float32 or NULL (zeros)
 // pad is what stands before the first element; what stands behind the last one follows from y's size, so the two may differ.

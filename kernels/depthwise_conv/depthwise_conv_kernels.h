@@ -1,4 +1,5 @@
-// What depthwise_conv.cc hands to the per-ISA kernels of depthwise_conv_cpu.inl: plain pointers, checked sizes.
+// What depthwise_conv.cc hands to the per-ISA kernels: plain pointers, checked sizes. Planes are in depthwise_conv_cpu.inl,
+// pixels in depthwise_conv_pixels_cpu.inl.
 #pragma once
 #include "core/cpu_features.h"
 #include "core/tensor.h"
@@ -11,6 +12,8 @@ struct Volume {
   int64_t n = 0, c = 0;
   int64_t s[3] = {};     // strides of D, H, W
   int64_t size[3] = {};  // D, H, W
+
+  int64_t volume() const { return size[0] * size[1] * size[2]; }
 };
 
 struct DepthwiseConv {
@@ -25,20 +28,31 @@ struct DepthwiseConv {
   bool planar;  // contiguous in W, else in C
 
   int64_t channels_out() const { return C * M; }
+  const Volume& results() const { return y.data ? y : dy; }
 };
 
-struct DepthwiseConvKernels {
-  int64_t (*scratch)(const DepthwiseConv&);  // floats a thread needs
-  // Planes [begin, end) of the N * C (W contiguous), or channels [c, c + channels) of output rows [begin, end) of the
-  // N * Do * Ho (C contiguous).
-  void (*fwd_planes)(const DepthwiseConv&, int64_t begin, int64_t end, float* scratch);
-  void (*fwd_rows)(const DepthwiseConv&, int64_t begin, int64_t end, int64_t c, int64_t channels, float* scratch);
-  // Block p of channel c, dx and the partial sums; dx of rows of the N * D * H; partial sums of block p.
-  void (*bwd_planes)(const DepthwiseConv&, int64_t p, int64_t c, float* scratch);
-  void (*dx_rows)(const DepthwiseConv&, int64_t begin, int64_t end, int64_t c, int64_t channels, float* scratch);
-  void (*dweight_rows)(const DepthwiseConv&, int64_t p, int64_t c, int64_t channels, float* scratch);
-  void (*reduce)(const DepthwiseConv&, int64_t begin, int64_t end);  // partial sums to dweight and dbias
+// W contiguous.
+struct DepthwisePlanes {
+  int64_t (*scratch)(const DepthwiseConv&);                                       // floats a thread needs
+  void (*fwd)(const DepthwiseConv&, int64_t begin, int64_t end, float* scratch);  // planes [begin, end) of the N * C
+  // Channels [begin, end) of a block of the batch: dx, and their partial sums.
+  void (*bwd)(const DepthwiseConv&, int64_t block, int64_t begin, int64_t end, float* scratch);
 };
-MLC_KERNEL_TABLE(DepthwiseConvKernels, depthwise_conv_kernels)
+MLC_KERNEL_TABLE(DepthwisePlanes, depthwise_planes)
+
+// C contiguous. Rows come in strips of strip(p, backward), which share the lines that they read.
+struct DepthwisePixels {
+  int64_t (*scratch)(const DepthwiseConv&);       // floats a thread needs
+  int64_t (*shared)(const DepthwiseConv&);        // floats that all threads read: weights by taps, a pixel of zeros
+  void (*prepare)(const DepthwiseConv&, float*);  // writes them
+  int64_t (*strip)(const DepthwiseConv&, bool backward);
+  // Strips [begin, end) of the N * D planes' of y, or of dx, and channels [c, c + channels).
+  void (*rows)(const DepthwiseConv&, bool backward, int64_t begin, int64_t end, int64_t c, int64_t channels,
+               const float* shared, float* scratch);
+  // Partial sums of a block.
+  void (*dweight)(const DepthwiseConv&, int64_t block, int64_t c, int64_t channels, const float* shared, float* scratch);
+  void (*reduce)(const DepthwiseConv&, int64_t begin, int64_t end);  // partial sums of channels to dweight and dbias
+};
+MLC_KERNEL_TABLE(DepthwisePixels, depthwise_pixels)
 
 }  // namespace mlcore

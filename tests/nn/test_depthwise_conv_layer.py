@@ -108,6 +108,16 @@ def test_accelerate():
     assert not mlcore.accelerate(model).swapped
 
 
+def test_accelerate_leaves_what_torch_serves_better():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 8, 3, groups=4), torch.nn.Conv2d(8, 8, 1, groups=8), torch.nn.Conv2d(8, 8, 5, groups=8)
+    )
+    report = mlcore.accelerate(model)
+    assert report.swapped == {"2": "mlcore.nn.DepthwiseConv2d"}
+    assert report.left["0"].startswith("2 filters a channel") and report.left["1"].startswith("a kernel of one tap")
+    assert [type(m) for m in model] == [torch.nn.Conv2d, torch.nn.Conv2d, DepthwiseConv2d]
+
+
 def test_accelerate_leaves_what_it_does_not_know():
     class Mine(torch.nn.Conv2d):
         def forward(self, x):

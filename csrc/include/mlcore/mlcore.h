@@ -10,5 +10,6 @@
 #include "mlcore/linear_attention.h"
 #include "mlcore/quant_linear.h"
 #include "mlcore/rms_norm.h"
+#include "mlcore/separable_conv.h"
 
 #endif  // MLCORE_H_

@@ -16,10 +16,12 @@ from .pattern_attention import (
     PatternAttention,
     StridedAttention,
 )
+from .pooling import MinPool2d, pool2d
 from .positional_encoding import LearnedEncoding, RotaryEncoding, SinusoidalEncoding
 from .quant_embedding import QuantEmbedding
 from .quant_linear import QuantLinear
 from .rms_norm import RMSNorm
+from .separable_conv import DepthwiseSeparableConv2d, PointwiseConv2d
 from .synthesizer_attention import SynthesizerAttention
 from .transformer import Transformer, TransformerDecoder, TransformerEncoder
 from .transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
@@ -42,9 +44,11 @@ __all__ = [
     "LinformerAttention",
     "LocalAttention",
     "LocationAwareAttention",
+    "MinPool2d",
     "MonotonicAttention",
     "MultiheadAttention",
     "PatternAttention",
+    "PointwiseConv2d",
     "QuantEmbedding",
     "QuantLinear",
     "RMSNorm",
@@ -63,4 +67,5 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "guided_attention_loss",
+    "pool2d",
 ]

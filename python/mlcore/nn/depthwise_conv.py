@@ -1,4 +1,4 @@
-"""Depthwise convolutions as layers: torch.nn.Conv1d/2d/3d's signatures and state_dicts, and the separable pair of MobileNet."""
+"""Depthwise convolutions as layers: torch.nn.Conv1d/2d/3d's signatures and state_dicts."""
 
 from __future__ import annotations
 
@@ -73,72 +73,3 @@ class DepthwiseConv3d(_Depthwise, nn.Conv3d):
     """
 
     _function = staticmethod(ops.depthwise_conv3d)
-
-
-class DepthwiseSeparableConv2d(nn.Module):
-    """The block of MobileNet (Howard et al. 2017): a depthwise convolution that filters each channel, then a pointwise one
-    that mixes them, each followed by batch norm and an activation.
-
-    forward(x (N, in_channels, H, W)) -> (N, out_channels, Ho, Wo), plus x itself with residual=True.
-
-    Args:
-        in_channels, out_channels: of the block.
-        kernel_size, stride, dilation: of the depthwise convolution.
-        padding: of the depthwise convolution; None keeps the size at stride 1 and an odd kernel: dilation * (k - 1) // 2.
-        multiplier: filters a channel.
-        bias: of both convolutions; the norms make it redundant.
-        norm: a module's constructor that takes the channels, or None.
-        activation: a module's constructor, or None for none.
-        residual: add x; in_channels must be out_channels and stride 1.
-
-    Raises:
-        ValueError: residual with other channels or a stride.
-    """
-
-    def __init__(
-        self,
-        in_channels,
-        out_channels,
-        kernel_size=3,
-        stride=1,
-        padding=None,
-        dilation=1,
-        multiplier=1,
-        bias=False,
-        norm=nn.BatchNorm2d,
-        activation=nn.ReLU,
-        residual=False,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        if residual and (in_channels != out_channels or stride not in (1, (1, 1))):
-            raise ValueError(
-                "DepthwiseSeparableConv2d: residual needs in_channels = out_channels and stride 1; "
-                f"got {in_channels}, {out_channels} and {stride}"
-            )
-        factory = {"device": device, "dtype": dtype}
-        inner = in_channels * multiplier
-        sizes = (kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size
-        gaps = (dilation,) * 2 if isinstance(dilation, int) else dilation
-        if padding is None:
-            padding = tuple(d * (k - 1) // 2 for k, d in zip(sizes, gaps, strict=True))
-
-        def normed(channels):
-            return nn.Identity() if norm is None else norm(channels, **factory)
-
-        def activated():
-            return nn.Identity() if activation is None else activation()
-
-        self.depthwise = DepthwiseConv2d(in_channels, inner, kernel_size, stride, padding, dilation, bias=bias, **factory)
-        self.depthwise_norm = normed(inner)
-        self.depthwise_activation = activated()
-        self.pointwise = nn.Conv2d(inner, out_channels, 1, bias=bias, **factory)
-        self.pointwise_norm = normed(out_channels)
-        self.pointwise_activation = activated()
-        self.residual = residual
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.depthwise_activation(self.depthwise_norm(self.depthwise(x)))
-        y = self.pointwise_activation(self.pointwise_norm(self.pointwise(h)))
-        return x + y if self.residual else y

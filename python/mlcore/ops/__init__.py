@@ -10,8 +10,11 @@ from .layer_norm import layer_norm
 from .linear_attention import linear_attention, linear_attention_step
 from .quant_linear import quant_linear
 from .rms_norm import rms_norm
+from .separable_conv import BatchNorm, PackedSeparable, separable_conv2d
 
 __all__ = [
+    "BatchNorm",
+    "PackedSeparable",
     "alibi_slopes",
     "attention",
     "attention_with_kvcache",
@@ -29,5 +32,6 @@ __all__ = [
     "rms_norm",
     "rotate",
     "scaled_dot_product_attention",
+    "separable_conv2d",
     "t5_relative",
 ]

@@ -1,10 +1,12 @@
 """depthwise_conv: registration and the public functions. The equations are in kernels/depthwise_conv/depthwise_conv.h.
 
-One op serves one, two and three dimensions: tensors get the absent ones, of size 1, as views.
+One op serves one, two and three dimensions: tensors get the absent ones, of size 1, as views; but D may be missing, so that the
+commonest call needs none.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,31 +19,32 @@ from ..kernels.depthwise_conv import depthwise_conv_ref
 _OP = "depthwise_conv"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MODES = ("zeros", "reflect", "replicate", "circular")
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def _channels_last(x) -> bool:
-    """True where x (N, C, D, H, W) is served with C contiguous: then so are the results."""
-    return x.shape[1] > 1 and x.stride(1) == 1 and (x.shape[4] <= 1 or x.stride(4) != 1)
+    """True where x (N, C, [D,] H, W) is served with C contiguous: then so are the results."""
+    return x.shape[1] > 1 and x.stride(1) == 1 and (x.shape[-1] <= 1 or x.stride(-1) != 1)
 
 
 def _laid_out(t, channels_last: bool):
     """t with unit stride in C or in W; a copy only where the strides force one."""
     if channels_last:
-        return t if t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last_3d)
-    return t if t.shape[4] <= 1 or t.stride(4) == 1 else t.contiguous()
+        return t if t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous(memory_format=_LAST[t.dim()])
+    return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 
 def _new(x, shape, channels_last: bool, dtype=None):
     if not channels_last:
         return x.new_empty(shape, dtype=dtype)
-    N, C, D, H, W = shape
-    return x.new_empty(N, D, H, W, C, dtype=dtype).permute(0, 4, 1, 2, 3)
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=_LAST[len(shape)])
 
 
 def _output_shape(x, weight, stride, dilation, pad):
+    at = 5 - x.dim()  # the first dimension of stride, dilation and pad that x has
     sizes = [
-        (n + before + after - (k - 1) * d - 1) // s + 1
-        for n, k, s, d, before, after in zip(x.shape[2:], weight.shape[1:], stride, dilation, pad[::2], pad[1::2], strict=True)
+        (n + pad[2 * d] + pad[2 * d + 1] - (weight.shape[d + 1] - 1) * dilation[d] - 1) // stride[d] + 1
+        for d, n in enumerate(x.shape[2:], at)
     ]
     return (x.shape[0], weight.shape[0], *sizes)
 
@@ -50,11 +53,19 @@ def _wide(t):
     return None if t is None else t.to(torch.float32).contiguous()
 
 
+def _native(pass_name, impl, *tensors):
+    """The kernel and the tensors as it takes them: all but the CPU's ask for a D."""
+    if impl != "cpu":
+        tensors = tuple(t.unsqueeze(2) if t is not None and t.dim() == 4 else t for t in tensors)
+    return kernel(_OP, pass_name, impl), tensors
+
+
 def _run_fwd(x, weight, bias, stride, dilation, pad, impl):
     last = _channels_last(x)
     x = _laid_out(x, last)
     y = _new(x, _output_shape(x, weight, stride, dilation, pad), last)
-    kernel(_OP, "fwd", impl)(x, _wide(weight), _wide(bias), *stride, *dilation, *pad[::2], y)
+    run, (x, out) = _native("fwd", impl, x, y)
+    run(x, _wide(weight), _wide(bias), *stride, *dilation, *pad[::2], out)
     return y
 
 
@@ -66,9 +77,10 @@ def _run_bwd(dy, x, weight, stride, dilation, pad, need_x, need_params, impl):
     if need_params:
         dweight, dbias = (x.new_empty(s, dtype=torch.float32) for s in (weight.shape, weight.shape[:1]))
         taps = weight.shape[1] * weight.shape[2] * weight.shape[3]
-        pixels = dy.shape[0] * dy.shape[2] * dy.shape[3] * dy.shape[4]
+        pixels = dy.shape[0] * math.prod(dy.shape[2:])
         partial = x.new_empty(min(max(pixels // 256, 1), 16), taps + 1, weight.shape[0], dtype=torch.float32)
-    kernel(_OP, "bwd", impl)(dy, x, _wide(weight), *stride, *dilation, *pad[::2], dx, dweight, dbias, partial)
+    run, (dy, x, to) = _native("bwd", impl, dy, x, dx)
+    run(dy, x, _wide(weight), *stride, *dilation, *pad[::2], to, dweight, dbias, partial)
     return dx, dweight, dbias
 
 
@@ -125,12 +137,19 @@ class _DepthwiseConv(torch.autograd.Function):
         )
 
 
+def _reference(x, weight, bias, stride, dilation, pad):
+    pairs = list(zip(pad[::2], pad[1::2], strict=True))
+    if x.dim() == 5:
+        return depthwise_conv_ref.depthwise_conv(x, weight, bias, stride, dilation, pairs)
+    return depthwise_conv_ref.depthwise_conv(x.unsqueeze(2), weight, bias, stride, dilation, pairs).squeeze(2)
+
+
 def _differentiable_gradients(ctx, dy):
     """Gradients with a graph, for create_graph=True: the reference's, which differentiates without end."""
     tensors = ctx.saved_tensors
     stride, dilation, pad = ctx.numbers
     with torch.enable_grad():
-        out = depthwise_conv_ref.depthwise_conv(*tensors, stride, dilation, list(zip(pad[::2], pad[1::2], strict=True)))
+        out = _reference(*tensors, stride, dilation, pad)
         wanted = [(i, t) for i, t in enumerate(tensors) if ctx.needs_input_grad[i]]
         found = torch.autograd.grad(out, [t for _, t in wanted], dy, create_graph=True)
     grads = dict(zip((i for i, _ in wanted), found, strict=True))
@@ -167,15 +186,9 @@ def _padding(op, value, kernel_size, stride, dilation):
     return [(p, p) for p in _each(op, "padding", value, dims, 0)]
 
 
-def _depthwise_conv(dims, x, weight, bias, stride, padding, dilation, padding_mode, impl):
-    op = f"depthwise_conv{dims}d"
-    if x.dim() == dims + 1:  # no batch, as torch's convolutions take it
-        out = _depthwise_conv(dims, x.unsqueeze(0), weight, bias, stride, padding, dilation, padding_mode, impl)
-        return out.squeeze(0)
-    axes = "DHW"[3 - dims :] if dims > 1 else "L"
-    if x.dim() != dims + 2:
-        raise ValueError(f"{op}: x must be (N, C, {', '.join(axes)}); got shape {tuple(x.shape)}")
-    x, weight, bias = autocast(x.device.type, x, weight, bias)
+def _checked(dims, x, weight, bias, stride, padding, dilation, padding_mode):
+    """stride, dilation and (before, after) a dimension, after every argument was checked."""
+    op, axes = f"depthwise_conv{dims}d", "DHW"[3 - dims :] if dims > 1 else "L"
     C = x.shape[1]
     if x.dtype not in _FLOATS:
         raise ValueError(f"{op}: x must be a floating-point tensor; got {x.dtype}")
@@ -195,30 +208,74 @@ def _depthwise_conv(dims, x, weight, bias, stride, padding, dilation, padding_mo
         raise ValueError(f"{op}: padding_mode must be one of {', '.join(_MODES)}; got {padding_mode!r}")
     stride, dilation = _each(op, "stride", stride, dims, 1), _each(op, "dilation", dilation, dims, 1)
     pairs = _padding(op, padding, weight.shape[2:], stride, dilation)
-    if padding_mode != "zeros":  # torch's own padding, a copy
-        x = F.pad(x, [n for pair in reversed(pairs) for n in pair], mode=padding_mode)
-        pairs = [(0, 0)] * dims
     for axis, n, k, d, (before, after) in zip(axes, x.shape[2:], weight.shape[2:], dilation, pairs, strict=True):
         if n + before + after < (k - 1) * d + 1:
             raise ValueError(
                 f"{op}: the kernel spans {(k - 1) * d + 1} along {axis}, where x with its padding has {n + before + after}"
             )
+    return stride, dilation, pairs
+
+
+#: Calls of depthwise_conv2d that passed every check -> what kernels take of their numbers: strides, dilations, paddings.
+_passed: dict[tuple, tuple] = {}
+
+
+def _call_key(x, weight, bias, stride, padding, dilation, padding_mode):
+    """What _checked() looks at, where it can be looked up; None else."""
+    given = None if bias is None else (bias.shape, bias.dtype)
+    key = (x.shape, x.dtype, weight.shape, weight.dtype, given, stride, padding, dilation, padding_mode)
+    try:
+        hash(key)
+    except TypeError:  # lists of numbers
+        return None
+    return key
+
+
+def _depthwise_conv(dims, x, weight, bias, stride, padding, dilation, padding_mode, impl):
+    if dims == 2 and impl is None and direct(x, weight, bias) and x.is_cpu and not torch.is_autocast_enabled("cpu"):
+        key = _call_key(x, weight, bias, stride, padding, dilation, padding_mode)
+        numbers = _passed.get(key)
+        if numbers is not None and weight.is_cpu and (bias is None or bias.is_cpu):
+            if needs_grad(x, weight, bias):
+                return _DepthwiseConv.apply(x, weight, bias, *numbers, "cpu")
+            return _run_fwd(x, weight, bias, *numbers, "cpu")
+    else:
+        key = None
+    op = f"depthwise_conv{dims}d"
+    if x.dim() == dims + 1:  # no batch, as torch's convolutions take it
+        out = _depthwise_conv(dims, x.unsqueeze(0), weight, bias, stride, padding, dilation, padding_mode, impl)
+        return out.squeeze(0)
+    if x.dim() != dims + 2:
+        axes = "DHW"[3 - dims :] if dims > 1 else "L"
+        raise ValueError(f"{op}: x must be (N, C, {', '.join(axes)}); got shape {tuple(x.shape)}")
+    x, weight, bias = autocast(x.device.type, x, weight, bias)
+    stride, dilation, pairs = _checked(dims, x, weight, bias, stride, padding, dilation, padding_mode)
+    if padding_mode != "zeros":  # torch's own padding, a copy
+        x = F.pad(x, [n for pair in reversed(pairs) for n in pair], mode=padding_mode)
+        pairs = [(0, 0)] * dims
     backend = choose(_OP, "reference" if impl is None and transformed() else impl, x)
     if backend != "reference" and transformed():
         raise ValueError(f"{op}: impl={impl!r} can't serve torch.func, forward-mode AD or torch.jit.trace")
     absent = 3 - dims
-    ones, none = (1,) * absent, ((0, 0),) * absent
-    x5 = x[(slice(None), slice(None), *(None,) * absent)]
-    w4 = weight[(slice(None), 0, *(None,) * absent)]
-    stride, dilation, pairs = (*ones, *stride), (*ones, *dilation), (*none, *pairs)
-    pad = [n for pair in pairs for n in pair]
+    ones = (1,) * absent
+    stride, dilation = (*ones, *stride), (*ones, *dilation)
+    pad = (0,) * (2 * absent) + tuple(n for pair in pairs for n in pair)
+    if dims == 1:
+        x = x.unsqueeze(2)
+        weight = weight.unsqueeze(2)
+    elif dims == 3:
+        weight = weight.squeeze(1)
     if backend == "reference":
-        y = depthwise_conv_ref.depthwise_conv(x5, w4, bias, stride, dilation, pairs)
+        y = _reference(x, weight, bias, stride, dilation, pad)
     elif needs_grad(x, weight, bias):
-        y = _DepthwiseConv.apply(x5, w4, bias, stride, dilation, pad, backend)
+        y = _DepthwiseConv.apply(x, weight, bias, stride, dilation, pad, backend)
     else:
-        y = (_run_fwd if direct(x5, w4, bias) else _fwd)(x5, w4, bias, stride, dilation, pad, backend)
-    return y.flatten(2, 2 + absent) if absent else y
+        y = (_run_fwd if direct(x, weight, bias) else _fwd)(x, weight, bias, stride, dilation, pad, backend)
+    if key is not None and padding_mode == "zeros" and backend == "cpu":
+        if len(_passed) >= 1024:
+            _passed.clear()
+        _passed[key] = (stride, dilation, pad)
+    return y.squeeze(2) if dims == 1 else y
 
 
 _DOC = """Depthwise convolution in {dims} dimension{s}: torch.nn.functional.conv{dims}d(..., groups=C), cross-correlation of
@@ -243,48 +300,24 @@ _DOC = """Depthwise convolution in {dims} dimension{s}: torch.nn.functional.conv
     """
 
 
-def depthwise_conv1d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | str | Sequence = 0,
-    dilation: int | Sequence[int] = 1,
-    *,
-    padding_mode: str = "zeros",
-    impl: str | None = None,
-) -> torch.Tensor:
-    return _depthwise_conv(1, x, weight, bias, stride, padding, dilation, padding_mode, impl)
+def _public(dims: int, axes: str):
+    def depthwise_conv(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence = 0,
+        dilation: int | Sequence[int] = 1,
+        *,
+        padding_mode: str = "zeros",
+        impl: str | None = None,
+    ) -> torch.Tensor:
+        return _depthwise_conv(dims, x, weight, bias, stride, padding, dilation, padding_mode, impl)
+
+    kernel_shape = ", ".join(f"K{a}" for a in axes.split(", "))
+    depthwise_conv.__doc__ = _DOC.format(dims=dims, s="s" if dims > 1 else "", axes=axes, kernel=kernel_shape)
+    depthwise_conv.__name__ = depthwise_conv.__qualname__ = f"depthwise_conv{dims}d"
+    return depthwise_conv
 
 
-def depthwise_conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | str | Sequence = 0,
-    dilation: int | Sequence[int] = 1,
-    *,
-    padding_mode: str = "zeros",
-    impl: str | None = None,
-) -> torch.Tensor:
-    return _depthwise_conv(2, x, weight, bias, stride, padding, dilation, padding_mode, impl)
-
-
-def depthwise_conv3d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | str | Sequence = 0,
-    dilation: int | Sequence[int] = 1,
-    *,
-    padding_mode: str = "zeros",
-    impl: str | None = None,
-) -> torch.Tensor:
-    return _depthwise_conv(3, x, weight, bias, stride, padding, dilation, padding_mode, impl)
-
-
-for _dims, _axes, _fn in ((1, "L", depthwise_conv1d), (2, "H, W", depthwise_conv2d), (3, "D, H, W", depthwise_conv3d)):
-    _kernel = ", ".join(f"K{a}" for a in _axes.split(", "))
-    _fn.__doc__ = _DOC.format(dims=_dims, s="s" if _dims > 1 else "", axes=_axes, kernel=_kernel)
+depthwise_conv1d, depthwise_conv2d, depthwise_conv3d = _public(1, "L"), _public(2, "H, W"), _public(3, "D, H, W")

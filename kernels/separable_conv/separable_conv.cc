@@ -1,0 +1,196 @@
+// Validates and shares strips and blocks of rows out to threads. The contract is separable_conv.h, the arithmetic
+// separable_conv_cpu.inl.
+#include "separable_conv/separable_conv.h"
+
+#include <algorithm>
+
+#include "core/pages.h"
+#include "core/parallel.h"
+#include "core/scratch.h"
+#include "separable_conv/separable_conv_kernels.h"
+
+namespace mlcore {
+namespace {
+
+constexpr const char* kOp = "separable_conv";
+constexpr int64_t kStripPixels = 112;  // with 64 channels 28 KiB: a strip of a stays in the L1 cache beside a panel of weights
+thread_local Scratch shared_scratch;   // of the calling thread; its workers get slices
+
+int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+struct Problem {
+  SeparableConv p{};
+
+  Problem(const Tensor& x, const Tensor& depthwise, const Tensor& scale, const Tensor& shift, const int64_t (&stride)[2],
+          const int64_t (&dilation)[2], const int64_t (&pad)[2], int64_t f) {
+    x.on(kDLCPU).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16}).rank_is(4, "(N, C, H, W)");
+    p.N = x.size(0), p.C = x.size(1), p.H = x.size(2), p.W = x.size(3), p.dtype = x.dtype();
+    p.x = pixels(x, "x", {p.N, p.C, p.H, p.W}, "(N, C, H, W)");
+    p.K[0] = p.K[1] = 1;
+    if (depthwise.present()) {
+      depthwise.on(kDLCPU).dtype_in({Dtype::f32}).rank_is(3, "(C, KH, KW)");
+      depthwise.shape_is({p.C, depthwise.size(1), depthwise.size(2)}, "(C, KH, KW)").contiguous();
+      p.depthwise = depthwise.data<float>(), p.K[0] = depthwise.size(1), p.K[1] = depthwise.size(2);
+    }
+    for (int d = 0; d < 2; ++d) {
+      p.stride[d] = stride[d], p.dilation[d] = dilation[d], p.pad[d] = pad[d];
+      require(p.K[d] >= 1, kOp, ": depthwise must have at least one tap in every dimension; got ", p.K[d]);
+      require(stride[d] >= 1, kOp, ": stride must be at least 1; got ", stride[d]);
+      require(dilation[d] >= 1, kOp, ": dilation must be at least 1; got ", dilation[d]);
+      require(pad[d] >= 0, kOp, ": pad must not be negative; got ", pad[d]);
+    }
+    p.scale = channels(scale, p.C, "(C)"), p.shift = channels(shift, p.C, "(C)");
+    p.f = activation(f, "f");
+  }
+
+  static Activation activation(int64_t code, const char* name) {
+    require(code >= 0 && code <= 3, kOp, ": ", name, " must be 0 (none), 1 (relu), 2 (relu6) or 3 (silu); got ", code);
+    return static_cast<Activation>(code);
+  }
+  static const float* channels(const Tensor& t, int64_t size, const char* layout) {
+    if (!t.present()) return nullptr;
+    t.on(kDLCPU).dtype_in({Dtype::f32}).shape_is({size}, layout).contiguous();
+    return t.data<float>();
+  }
+  static float* sums(const Tensor& t, std::initializer_list<int64_t> shape, const char* layout) {
+    if (!t.present()) return nullptr;
+    t.on(kDLCPU).dtype_in({Dtype::f32}).shape_is(shape, layout).contiguous();
+    return t.data<float>();
+  }
+  Pixels pixels(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, const char* layout) const {
+    if (!t.present()) return {};
+    t.on(kDLCPU).dtype_in({p.dtype}).shape_is(shape, layout);
+    require(t.numel() == 0 || t.size(1) == 1 || t.stride(1) == 1, kOp, ": ", name, " must be contiguous in C; got stride ",
+            t.stride(1));
+    return {t.raw(), t.stride(0), t.stride(2), t.stride(3)};
+  }
+
+  // body(item, shared, scratch): threads take the next item when they are done with one.
+  template <class F>
+  void share(int64_t items, int64_t columns, F&& body) {
+    if (items <= 0) return;
+    const SeparableConvKernels& kernels = separable_conv_kernels_now();
+    const int64_t shared = rounded(kernels.shared(p)), floats = rounded(kernels.scratch(p, columns));
+    const int threads = static_cast<int>(std::min<int64_t>(num_threads(), items));
+    float* scratch = shared_scratch.floats(static_cast<size_t>(shared + threads * floats));
+    kernels.prepare(p, scratch);
+    parallel_claim(items, threads,
+                   [&](int64_t i, int thread) { body(kernels, i, scratch, scratch + shared + thread * floats); });
+    shared_scratch.release_if_large();
+  }
+
+  // The hidden passes: blocks of rows, and of channels where rows are few.
+  void hidden() {
+    const int64_t blocks = (p.N * p.Ho + kPartialRows - 1) / kPartialRows, group = blocks >= 16 ? p.C : kBlock;
+    const int64_t groups = group > 0 ? (p.C + group - 1) / group : 0;
+    share(blocks * groups, 0, [&](const SeparableConvKernels& kernels, int64_t i, const float* shared, float* scratch) {
+      const int64_t c = i % groups * group;
+      kernels.hidden(p, i / groups, c, std::min(c + group, p.C), shared, scratch);
+    });
+  }
+};
+
+void fwd(const DLTensor* x_, const DLTensor* depthwise_, const DLTensor* scale_, const DLTensor* shift_,
+         const DLTensor* pointwise_, const DLTensor* bias_, const DLTensor* residual_, const int64_t (&stride)[2],
+         const int64_t (&dilation)[2], const int64_t (&pad)[2], int64_t f, int64_t g, DLTensor* y_) {
+  const Tensor x(x_, kOp, "x"), depthwise(depthwise_, kOp, "depthwise"), scale(scale_, kOp, "scale"),
+      shift(shift_, kOp, "shift"), pointwise(pointwise_, kOp, "pointwise"), bias(bias_, kOp, "bias"),
+      residual(residual_, kOp, "residual"), y(y_, kOp, "y");
+  Problem problem(x, depthwise, scale, shift, stride, dilation, pad, f);
+  SeparableConv& p = problem.p;
+  y.rank_is(4, "(N, J, Ho, Wo)");
+  p.J = y.size(1), p.Ho = y.size(2), p.Wo = y.size(3);
+  p.y = problem.pixels(y, "y", {p.N, p.J, p.Ho, p.Wo}, "(N, J, Ho, Wo)");
+  p.residual = problem.pixels(residual, "residual", {p.N, p.J, p.Ho, p.Wo}, "(N, J, Ho, Wo)");
+  pointwise.on(kDLCPU)
+      .dtype_in({Dtype::f32})
+      .shape_is({(p.C + kBlock - 1) / kBlock, (p.J + kBlock - 1) / kBlock, kBlock, kBlock}, "(ceil(C/64), ceil(J/64), 64, 64)")
+      .contiguous();
+  p.pointwise = pointwise.data<float>(), p.bias = Problem::channels(bias, p.J, "(J)"), p.g = Problem::activation(g, "g");
+  require(p.C >= 1, kOp, ": x must have channels");
+  if (y.numel() == 0) return;
+  prefer_huge_pages(y.raw(), static_cast<size_t>(y.numel()) * (p.dtype == Dtype::f32 ? 4 : 2));
+  p.strip = std::clamp<int64_t>(kStripPixels / p.Wo, 1, p.Ho);
+  if (p.strip > 1) p.strip = (p.Ho + (p.Ho + p.strip - 1) / p.strip - 1) / ((p.Ho + p.strip - 1) / p.strip);  // even strips
+  // Few strips: columns are cut too, and each cut makes its own a.
+  const int64_t strips = p.N * p.strips(), blocks = (p.J + kBlock - 1) / kBlock;
+  const int64_t groups = std::min(blocks, std::max<int64_t>(8 / strips, 1));
+  const int64_t group = (blocks + groups - 1) / groups * kBlock;
+  const int64_t cuts = (p.J + group - 1) / group;
+  problem.share(strips * cuts, std::min(group, p.J),
+                [&](const SeparableConvKernels& kernels, int64_t i, const float* shared, float* scratch) {
+                  const int64_t begin = i % cuts * group;
+                  kernels.fwd(p, i / cuts, begin, std::min(begin + group, p.J), shared, scratch);
+                });
+}
+
+void hidden(const DLTensor* x_, const DLTensor* depthwise_, const DLTensor* scale_, const DLTensor* shift_,
+            const int64_t (&stride)[2], const int64_t (&dilation)[2], const int64_t (&pad)[2], int64_t f, int64_t out_h,
+            int64_t out_w, DLTensor* a_, DLTensor* partial_, DLTensor* origin_) {
+  const Tensor x(x_, kOp, "x"), depthwise(depthwise_, kOp, "depthwise"), scale(scale_, kOp, "scale"),
+      shift(shift_, kOp, "shift"), a(a_, kOp, "a"), partial(partial_, kOp, "partial"), origin(origin_, kOp, "origin");
+  Problem problem(x, depthwise, scale, shift, stride, dilation, pad, f);
+  SeparableConv& p = problem.p;
+  require(out_h >= 0 && out_w >= 0, kOp, ": the size of h must not be negative; got ", out_h, " x ", out_w);
+  p.Ho = out_h, p.Wo = out_w, p.pass = HiddenPass::forward, p.strip = 1;
+  p.a = problem.pixels(a, "a", {p.N, p.C, p.Ho, p.Wo}, "(N, C, Ho, Wo)");
+  const int64_t blocks = (p.N * p.Ho + kPartialRows - 1) / kPartialRows;
+  p.partial = Problem::sums(partial, {blocks, 2, p.C}, "(ceil(N*Ho/16), 2, C)");
+  p.origin = Problem::sums(origin, {blocks, p.C}, "(ceil(N*Ho/16), C)");
+  if (p.N * p.Ho * p.Wo * p.C == 0 || (!p.a.data && !p.partial)) return;
+  problem.hidden();
+}
+
+void bwd(DLTensor* d_, const DLTensor* x_, const DLTensor* depthwise_, const DLTensor* scale_, const DLTensor* shift_,
+         const DLTensor* by_h_, const DLTensor* constant_, const int64_t (&stride)[2], const int64_t (&dilation)[2],
+         const int64_t (&pad)[2], int64_t f, DLTensor* partial_) {
+  const Tensor d(d_, kOp, "d"), x(x_, kOp, "x"), depthwise(depthwise_, kOp, "depthwise"), scale(scale_, kOp, "scale"),
+      shift(shift_, kOp, "shift"), by_h(by_h_, kOp, "by_h"), constant(constant_, kOp, "constant"),
+      partial(partial_, kOp, "partial");
+  Problem problem(x, depthwise, scale, shift, stride, dilation, pad, f);
+  SeparableConv& p = problem.p;
+  d.rank_is(4, "(N, C, Ho, Wo)");
+  p.Ho = d.size(2), p.Wo = d.size(3), p.strip = 1;
+  p.a = problem.pixels(d, "d", {p.N, p.C, p.Ho, p.Wo}, "(N, C, Ho, Wo)");
+  p.by_h = Problem::channels(by_h, p.C, "(C)"), p.constant = Problem::channels(constant, p.C, "(C)");
+  require(by_h.present() == constant.present(), kOp, ": by_h and constant must be given together");
+  require(by_h.present() != partial.present(), kOp, ": partial must be given where by_h is not, and only there");
+  const int64_t blocks = (p.N * p.Ho + kPartialRows - 1) / kPartialRows;
+  p.partial = Problem::sums(partial, {blocks, 2, p.C}, "(ceil(N*Ho/16), 2, C)");
+  p.pass = p.partial ? HiddenPass::gradient : HiddenPass::affine;
+  if (d.numel() == 0) return;
+  problem.hidden();
+}
+
+}  // namespace
+}  // namespace mlcore
+
+int mlc_separable_conv_fwd(const DLTensor* x, const DLTensor* depthwise, const DLTensor* scale, const DLTensor* shift,
+                           const DLTensor* pointwise, const DLTensor* bias, const DLTensor* residual, int64_t stride_h,
+                           int64_t stride_w, int64_t dilation_h, int64_t dilation_w, int64_t pad_h, int64_t pad_w, int64_t f,
+                           int64_t g, DLTensor* y) {
+  return mlcore::guard([&] {
+    mlcore::fwd(x, depthwise, scale, shift, pointwise, bias, residual, {stride_h, stride_w}, {dilation_h, dilation_w},
+                {pad_h, pad_w}, f, g, y);
+  });
+}
+
+int mlc_separable_conv_hidden(const DLTensor* x, const DLTensor* depthwise, const DLTensor* scale, const DLTensor* shift,
+                              int64_t stride_h, int64_t stride_w, int64_t dilation_h, int64_t dilation_w, int64_t pad_h,
+                              int64_t pad_w, int64_t f, int64_t out_h, int64_t out_w, DLTensor* a, DLTensor* partial,
+                              DLTensor* origin) {
+  return mlcore::guard([&] {
+    mlcore::hidden(x, depthwise, scale, shift, {stride_h, stride_w}, {dilation_h, dilation_w}, {pad_h, pad_w}, f, out_h, out_w,
+                   a, partial, origin);
+  });
+}
+
+int mlc_separable_conv_bwd(DLTensor* d, const DLTensor* x, const DLTensor* depthwise, const DLTensor* scale,
+                           const DLTensor* shift, const DLTensor* by_h, const DLTensor* constant, int64_t stride_h,
+                           int64_t stride_w, int64_t dilation_h, int64_t dilation_w, int64_t pad_h, int64_t pad_w, int64_t f,
+                           DLTensor* partial) {
+  return mlcore::guard([&] {
+    mlcore::bwd(d, x, depthwise, scale, shift, by_h, constant, {stride_h, stride_w}, {dilation_h, dilation_w}, {pad_h, pad_w},
+                f, partial);
+  });
+}

@@ -1,0 +1,195 @@
+"""Depthwise-separable and pointwise convolutions with their norms and activations, as blocks that run as one op."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .. import ops
+from .depthwise_conv import DepthwiseConv2d
+
+_ACTIVATIONS = {nn.Identity: None, nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _batch_norm(norm, training):
+    """ops.BatchNorm of a torch.nn.BatchNorm2d, None of an Identity."""
+    if type(norm) is nn.Identity:
+        return None
+    if training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    moments = (norm.running_mean, norm.running_var)
+    return ops.BatchNorm(norm.weight, norm.bias, *moments, training, norm.momentum, norm.eps)
+
+
+def _takes_batch(norm):
+    return type(norm) is nn.BatchNorm2d and (norm.training or norm.running_mean is None)
+
+
+def _fusable(norm, activation):
+    """Whether the op knows both; a cumulative moving average (momentum None) is left to torch."""
+    known = type(norm) is nn.Identity or (type(norm) is nn.BatchNorm2d and norm.momentum is not None)
+    return known and type(activation) in _ACTIVATIONS and not norm._forward_hooks and not activation._forward_hooks
+
+
+class _Packed:
+    """A block's ops.PackedSeparable, for as long as its tensors don't change."""
+
+    def __init__(self) -> None:
+        self._made_of = self._value = self._kept = None
+
+    def __call__(self, block, make):
+        tensors = block._tensors()
+        made_of = [(id(t), t._version) for t in tensors] + [(id(m), getattr(m, "eps", 0)) for m in block._modules.values()]
+        if made_of != self._made_of:
+            self._value, self._made_of = make(), made_of
+            self._kept = tensors, list(block._modules.values())  # so that an id stays its tensor's own
+        return self._value
+
+    def __deepcopy__(self, memo):  # it holds nothing that can't be made again
+        return _Packed()
+
+    def __reduce__(self):
+        return _Packed, ()
+
+
+class _Block(nn.Module):
+    """What both blocks share: pointwise, pointwise_norm, pointwise_activation, and whether one op serves a call."""
+
+    def _add_pointwise(self, inner, out_channels, bias, norm, activation, factory):
+        self.pointwise = nn.Conv2d(inner, out_channels, 1, bias=bias, **factory)
+        self.pointwise_norm = nn.Identity() if norm is None else norm(out_channels, **factory)
+        self.pointwise_activation = nn.Identity() if activation is None else activation()
+        self._packed = _Packed()
+
+    def _tensors(self):
+        """What a packed block is made of; in-place changes show in their versions, others in their identities."""
+        layers = self._modules.values()
+        return [t for layer in layers for part in (layer._parameters, layer._buffers) for t in part.values() if t is not None]
+
+    def _whole(self, x):
+        """True where everything runs as one op with folded weights: inference on the CPU."""
+        return (
+            x.is_cpu
+            and x.dtype in _FLOATS
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
+            and not _takes_batch(self.pointwise_norm)
+            and _fusable(self.pointwise_norm, self.pointwise_activation)
+        )
+
+    def _finish(self, z, residual):
+        y = self.pointwise_activation(self.pointwise_norm(z))
+        return y if residual is None else y + residual
+
+
+class PointwiseConv2d(_Block):
+    """A 1x1 convolution with batch norm and an activation: torch's layers in training, in inference one op
+    (mlcore.ops.separable_conv2d without its depthwise half) with the norm folded into packed weights.
+
+    forward(x (N, in_channels, H, W), residual=None) -> (N, out_channels, H, W), plus the residual.
+
+    Args:
+        in_channels, out_channels, bias: of the convolution.
+        norm: a module's constructor that takes the channels, or None.
+        activation: a module's constructor, or None for none.
+    """
+
+    def __init__(
+        self, in_channels, out_channels, bias=False, norm=nn.BatchNorm2d, activation=nn.ReLU, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        self._add_pointwise(in_channels, out_channels, bias, norm, activation, {"device": device, "dtype": dtype})
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if not self._whole(x):
+            return self._finish(self.pointwise(x), residual)
+        return self._packed(self, self._pack)(x, residual)
+
+    def _pack(self):
+        norm, g = _batch_norm(self.pointwise_norm, False), _ACTIVATIONS[type(self.pointwise_activation)]
+        weights = (None, self.pointwise.weight, None, self.pointwise.bias)
+        return ops.PackedSeparable(*weights, pointwise_norm=norm, pointwise_activation=g)
+
+
+class DepthwiseSeparableConv2d(_Block):
+    """The block of MobileNet (Howard et al. 2017): a depthwise convolution that filters each channel, then a pointwise one
+    that mixes them, each followed by batch norm and an activation. One op (mlcore.ops.separable_conv2d) where it knows the
+    norm and the activation: in training up to the second convolution, in inference with all norms folded.
+
+    forward(x (N, in_channels, H, W), residual=None) -> (N, out_channels, Ho, Wo), plus x itself with residual=True, or plus the
+    tensor that is given.
+
+    Args:
+        in_channels, out_channels: of the block.
+        kernel_size, stride, dilation: of the depthwise convolution.
+        padding: of the depthwise convolution; None keeps the size at stride 1 and an odd kernel: dilation * (k - 1) // 2.
+        multiplier: filters a channel.
+        bias: of both convolutions; the norms make it redundant.
+        norm: a module's constructor that takes the channels, or None.
+        activation: a module's constructor, or None for none.
+        residual: add x; in_channels must be out_channels and stride 1.
+        pointwise_activation: of the second convolution; "same" as activation.
+
+    Raises:
+        ValueError: residual with other channels or a stride.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size=3,
+        stride=1,
+        padding=None,
+        dilation=1,
+        multiplier=1,
+        bias=False,
+        norm=nn.BatchNorm2d,
+        activation=nn.ReLU,
+        residual=False,
+        device=None,
+        dtype=None,
+        pointwise_activation="same",
+    ) -> None:
+        super().__init__()
+        if residual and (in_channels != out_channels or stride not in (1, (1, 1))):
+            raise ValueError(
+                "DepthwiseSeparableConv2d: residual needs in_channels = out_channels and stride 1; "
+                f"got {in_channels}, {out_channels} and {stride}"
+            )
+        factory = {"device": device, "dtype": dtype}
+        inner = in_channels * multiplier
+        sizes = (kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size
+        gaps = (dilation,) * 2 if isinstance(dilation, int) else dilation
+        if padding is None:
+            padding = tuple(d * (k - 1) // 2 for k, d in zip(sizes, gaps, strict=True))
+        self.depthwise = DepthwiseConv2d(in_channels, inner, kernel_size, stride, padding, dilation, bias=bias, **factory)
+        self.depthwise_norm = nn.Identity() if norm is None else norm(inner, **factory)
+        self.depthwise_activation = nn.Identity() if activation is None else activation()
+        last = activation if pointwise_activation == "same" else pointwise_activation
+        self._add_pointwise(inner, out_channels, bias, norm, last, factory)
+        self.residual = residual
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if residual is None and self.residual:
+            residual = x
+        conv, hooked = self.depthwise, self.depthwise._forward_hooks or self.pointwise._forward_hooks
+        if hooked or not _fusable(self.depthwise_norm, self.depthwise_activation):
+            h = self.depthwise_activation(self.depthwise_norm(conv(x)))
+            return self._finish(self.pointwise(h), residual)
+        training = _takes_batch(self.depthwise_norm)
+        if not training and self._whole(x):
+            return self._packed(self, self._pack)(x, residual)
+        norm = _batch_norm(self.depthwise_norm, training)
+        weights = (conv.weight, self.pointwise.weight, conv.bias, self.pointwise.bias)
+        numbers, f = (conv.stride, conv.padding, conv.dilation), _ACTIVATIONS[type(self.depthwise_activation)]
+        return self._finish(ops.separable_conv2d(x, *weights, *numbers, norm=norm, activation=f), residual)
+
+    def _pack(self):
+        conv, norms = self.depthwise, (_batch_norm(n, False) for n in (self.depthwise_norm, self.pointwise_norm))
+        f, g = (_ACTIVATIONS[type(a)] for a in (self.depthwise_activation, self.pointwise_activation))
+        weights = (conv.weight, self.pointwise.weight, conv.bias, self.pointwise.bias, conv.stride, conv.padding, conv.dilation)
+        words = dict(zip(("norm", "pointwise_norm"), norms, strict=True))
+        return ops.PackedSeparable(*weights, **words, activation=f, pointwise_activation=g)
