@@ -2,7 +2,7 @@
 
 from .alignment import AdditiveAttention, LocationAwareAttention, MonotonicAttention, guided_attention_loss
 from .causal_conv1d import CausalConv1d
-from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d, DepthwiseSeparableConv2d
+from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d
 from .gathered_attention import ReformerAttention, RoutingAttention, SinkhornAttention
 from .layer_norm import LayerNorm
 from .linear_attention import DeltaNet, GatedLinearAttention, LinearAttention, RandomFeatures, RetentionLayer
