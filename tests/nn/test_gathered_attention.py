@@ -220,6 +220,12 @@ LAYERS = [
 
 
 @pytest.mark.parametrize("make", LAYERS)
+def test_options_that_have_no_effect_are_refused(make):
+    with pytest.raises(TypeError, match=r"options are dropout, .* got add_zero_attn"):
+        make(add_zero_attn=True)
+
+
+@pytest.mark.parametrize("make", LAYERS)
 def test_no_later_token_is_seen(make):
     layer = make(batch_first=True).eval()
     x = torch.randn(1, 40, E)
@@ -257,6 +263,7 @@ def test_layouts_agree_and_layers_fit_a_transformer(make):
     [
         (lambda x: ReformerAttention(E, H, 0), "chunk must be a positive integer; got 0"),
         (lambda x: ReformerAttention(E, H, buckets=3), "buckets must be even; got 3"),
+        (lambda x: ReformerAttention(E, H, kdim=4), "kdim must be None: queries are keys too; got 4"),
         (lambda x: RoutingAttention(E, H, 2, decay=1.5), r"decay must be in \[0, 1\]; got 1.5"),
         (lambda x: SinkhornAttention(E, H, temperature=0.0), "temperature must be positive; got 0.0"),
         (lambda x: LAYERS[0](batch_first=True)(x, x[:, :3], x[:, :3]), "must be one sequence; got lengths 5 and 3"),

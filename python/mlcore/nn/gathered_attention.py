@@ -18,6 +18,24 @@ def _natural(name: str, what: str, n) -> int:
 
 
 class _GatheredAttention(PairlessAttention):
+    """What the layers share.
+
+    Options:
+        dropout: probability of dropping an attention weight in training.
+        bias: add a bias to the projections.
+        kdim, vdim: feature dimensions of ``key`` and ``value``; ``None`` is ``embed_dim``.
+        batch_first: batched tensors are ``(N, L, E)``; ``False`` is ``(L, N, E)``.
+        device, dtype: of the parameters.
+    """
+
+    _OPTIONS = ("dropout", "bias", "kdim", "vdim", "batch_first", "device", "dtype")
+
+    def __init__(self, embed_dim: int, num_heads: int, options: dict) -> None:
+        unknown = [n for n in options if n not in self._OPTIONS]
+        if unknown:
+            raise TypeError(f"{type(self).__name__}: options are {', '.join(self._OPTIONS)}; got {', '.join(unknown)}")
+        super().__init__(embed_dim, num_heads, **options)
+
     def _one_length(self, q: Tensor, k: Tensor) -> None:
         if q.shape[2] != k.shape[2]:
             raise ValueError(
@@ -48,11 +66,8 @@ class ReformerAttention(_GatheredAttention):
         chunk: tokens of a chunk.
         rounds: of hashing.
         buckets: hashes, an even number; None is the even number next to ``2 * T / chunk``.
-        dropout: probability of dropping an attention weight in training.
-        bias: add a bias to the projections.
         seed: of the rotations, which are the same at each call, so that a result can be repeated.
-        batch_first: batched tensors are ``(N, L, E)``; ``False`` is ``(L, N, E)``.
-        device, dtype: of the parameters.
+        **options: dropout, bias, vdim, batch_first, device, dtype, as :class:`torch.nn.MultiheadAttention`'s.
     """
 
     def __init__(
@@ -63,14 +78,12 @@ class ReformerAttention(_GatheredAttention):
         rounds: int = 2,
         *,
         buckets: int | None = None,
-        dropout: float = 0.0,
-        bias: bool = True,
         seed: int = 0,
-        batch_first: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options,
     ) -> None:
-        super().__init__(embed_dim, num_heads, dropout, bias, batch_first=batch_first, device=device, dtype=dtype)
+        super().__init__(embed_dim, num_heads, options)
+        if options.get("kdim") is not None:
+            raise ValueError(f"ReformerAttention: kdim must be None: queries are keys too; got {options['kdim']}")
         self.chunk = _natural("ReformerAttention", "chunk", chunk)
         self.rounds = _natural("ReformerAttention", "rounds", rounds)
         if buckets is not None and _natural("ReformerAttention", "buckets", buckets) % 2:
@@ -149,38 +162,19 @@ class RoutingAttention(_GatheredAttention):
         clusters: centroids of a head.
         window: tokens that each takes, at most all.
         decay: of the moving centroids.
-        dropout: probability of dropping an attention weight in training.
-        bias: add a bias to the projections.
-        kdim, vdim: feature dimensions of ``key`` and ``value``; ``None`` is ``embed_dim``.
-        batch_first: batched tensors are ``(N, L, E)``; ``False`` is ``(L, N, E)``.
-        device, dtype: of the parameters.
+        **options: dropout, bias, kdim, vdim, batch_first, device, dtype, as :class:`torch.nn.MultiheadAttention`'s.
     """
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        clusters: int,
-        window: int = 64,
-        *,
-        decay: float = 0.999,
-        dropout: float = 0.0,
-        bias: bool = True,
-        kdim: int | None = None,
-        vdim: int | None = None,
-        batch_first: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, embed_dim: int, num_heads: int, clusters: int, window: int = 64, *, decay: float = 0.999, **options
     ) -> None:
-        super().__init__(
-            embed_dim, num_heads, dropout, bias, kdim=kdim, vdim=vdim, batch_first=batch_first, device=device, dtype=dtype
-        )
+        super().__init__(embed_dim, num_heads, options)
         self.clusters = _natural("RoutingAttention", "clusters", clusters)
         self.window = _natural("RoutingAttention", "window", window)
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"RoutingAttention: decay must be in [0, 1]; got {decay}")
         self.decay = decay
-        start = F.normalize(torch.randn(num_heads, clusters, self.head_dim, device=device), dim=-1)
+        start = F.normalize(torch.randn(num_heads, clusters, self.head_dim, device=self.out_proj.weight.device), dim=-1)
         self.register_buffer("centroids", start)
 
     def extra_repr(self) -> str:
@@ -243,10 +237,7 @@ class SinkhornAttention(_GatheredAttention):
         mixed: blocks of which the sorted one is made; None is all of them, as in the paper, at (T / block) times the cost.
         iterations: of the normalisation.
         temperature: tau.
-        dropout: probability of dropping an attention weight in training.
-        bias: add a bias to the projections.
-        batch_first: batched tensors are ``(N, L, E)``; ``False`` is ``(L, N, E)``.
-        device, dtype: of the parameters.
+        **options: dropout, bias, kdim, vdim, batch_first, device, dtype, as :class:`torch.nn.MultiheadAttention`'s.
     """
 
     def __init__(
@@ -258,13 +249,9 @@ class SinkhornAttention(_GatheredAttention):
         mixed: int | None = 1,
         iterations: int = 8,
         temperature: float = 0.75,
-        dropout: float = 0.0,
-        bias: bool = True,
-        batch_first: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options,
     ) -> None:
-        super().__init__(embed_dim, num_heads, dropout, bias, batch_first=batch_first, device=device, dtype=dtype)
+        super().__init__(embed_dim, num_heads, options)
         self.block = _natural("SinkhornAttention", "block", block)
         self.mixed = None if mixed is None else _natural("SinkhornAttention", "mixed", mixed)
         self.iterations = _natural("SinkhornAttention", "iterations", iterations)
@@ -273,7 +260,7 @@ class SinkhornAttention(_GatheredAttention):
         self.temperature = temperature
         D = self.head_dim
         for name in ("sort_q", "sort_k"):
-            weight = torch.empty(num_heads, D, D, device=device, dtype=dtype)
+            weight = self.out_proj.weight.new_empty(num_heads, D, D)
             setattr(self, name, torch.nn.Parameter(torch.nn.init.normal_(weight, std=D**-0.5)))
 
     def extra_repr(self) -> str:
