@@ -122,6 +122,15 @@ def test_reformer(T, rounds, causal, padded):
     close_with_gradients(got, want, [layer.in_proj_weight, layer.out_proj.weight], tol=1e-5)
 
 
+def test_hashes_are_the_largest_of_both_directions_and_fill_many_buckets():
+    layer = ReformerAttention(E, H, chunk=8, buckets=6)
+    q = torch.randn(N, H, 50, D)
+    turned = q.unsqueeze(2) @ torch.randn(H, 2, D, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(layer.hashes(q), torch.cat([turned, -turned], -1).argmax(-1))
+    many = ReformerAttention(E, H, chunk=8).hashes(torch.randn(1, H, 2000, D))
+    assert many.min() >= 0 and many.max() < 550 and len(many.unique()) > 200
+
+
 @pytest.mark.parametrize(("causal", "padded"), CASES)
 @pytest.mark.parametrize(("T", "window"), [(53, 16), (9, 64)])
 def test_routing(T, window, causal, padded):

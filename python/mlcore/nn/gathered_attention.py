@@ -3,6 +3,8 @@ order of blocks (Sinkhorn Transformer). MultiheadAttention's calling convention;
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,7 +67,7 @@ class ReformerAttention(_GatheredAttention):
         num_heads: number of heads H.
         chunk: tokens of a chunk.
         rounds: of hashing.
-        buckets: hashes, an even number; None is the even number next to ``2 * T / chunk``.
+        buckets: hashes, an even number; None is about ``2 * T / chunk``, above 64 by two hashes of about its root.
         seed: of the rotations, which are the same at each call, so that a result can be repeated.
         **options: dropout, bias, vdim, batch_first, device, dtype, as :class:`torch.nn.MultiheadAttention`'s.
     """
@@ -96,11 +98,18 @@ class ReformerAttention(_GatheredAttention):
     def hashes(self, q: Tensor) -> Tensor:
         """(N, H, rounds, T) integers: the bucket of each token of q (N, H, T, D) in each round."""
         T, D = q.shape[2:]
-        buckets = self.buckets or max(2, 2 * round(T / self.chunk))
+        factors = [self.buckets or max(2, 2 * round(T / self.chunk))]
+        if self.buckets is None and factors[0] > 64:  # two hashes of about its root make one: their cost stays linear in T
+            first = 2 * math.ceil(math.sqrt(factors[0]) / 2)
+            factors = [first, 2 * math.ceil(factors[0] / first / 2)]
         generator = torch.Generator().manual_seed(self.seed)
-        rotations = torch.randn(self.num_heads, self.rounds, D, buckets // 2, generator=generator)
-        turned = q.detach().float().unsqueeze(2) @ rotations.to(q.device)
-        return torch.cat([turned, -turned], -1).argmax(-1)
+        bucket = 0
+        for n in factors:
+            rotations = torch.randn(self.num_heads, self.rounds, D, n // 2, generator=generator)
+            turned = q.detach().float().unsqueeze(2) @ rotations.to(q.device)
+            most, least = turned.max(-1), turned.min(-1)
+            bucket = bucket * n + torch.where(most.values >= -least.values, most.indices, least.indices + n // 2)
+        return bucket
 
     def _attend(self, key: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, causal: bool) -> Tensor:
         self._one_length(q, k)
