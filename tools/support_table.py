@@ -23,6 +23,7 @@ def table() -> str:
     for op in sorted(ops):
         cells = [" + ".join(ops[op].get(b, [])).replace("fwd", "forward").replace("bwd", "backward") or "no" for b in BACKENDS]
         lines.append(f"| [`{op}`](kernels/{op}/README.md) | {' | '.join(cells)} | {dtypes[op]} |")
+    lines += ["", "Second derivatives and forward-mode AD are no kernel's: where an op offers them, they are its reference's."]
     return "\n".join(lines)
 
 

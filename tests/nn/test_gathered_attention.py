@@ -122,6 +122,15 @@ def test_reformer(T, rounds, causal, padded):
     close_with_gradients(got, want, [layer.in_proj_weight, layer.out_proj.weight], tol=1e-5)
 
 
+def test_hashes_are_the_largest_of_both_directions_and_fill_many_buckets():
+    layer = ReformerAttention(E, H, chunk=8, buckets=6)
+    q = torch.randn(N, H, 50, D)
+    turned = q.unsqueeze(2) @ torch.randn(H, 2, D, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(layer.hashes(q), torch.cat([turned, -turned], -1).argmax(-1))
+    many = ReformerAttention(E, H, chunk=8).hashes(torch.randn(1, H, 2000, D))
+    assert many.min() >= 0 and many.max() < 550 and len(many.unique()) > 200
+
+
 @pytest.mark.parametrize(("causal", "padded"), CASES)
 @pytest.mark.parametrize(("T", "window"), [(53, 16), (9, 64)])
 def test_routing(T, window, causal, padded):
@@ -220,6 +229,12 @@ LAYERS = [
 
 
 @pytest.mark.parametrize("make", LAYERS)
+def test_options_that_have_no_effect_are_refused(make):
+    with pytest.raises(TypeError, match=r"options are dropout, .* got add_zero_attn"):
+        make(add_zero_attn=True)
+
+
+@pytest.mark.parametrize("make", LAYERS)
 def test_no_later_token_is_seen(make):
     layer = make(batch_first=True).eval()
     x = torch.randn(1, 40, E)
@@ -257,6 +272,7 @@ def test_layouts_agree_and_layers_fit_a_transformer(make):
     [
         (lambda x: ReformerAttention(E, H, 0), "chunk must be a positive integer; got 0"),
         (lambda x: ReformerAttention(E, H, buckets=3), "buckets must be even; got 3"),
+        (lambda x: ReformerAttention(E, H, kdim=4), "kdim must be None: queries are keys too; got 4"),
         (lambda x: RoutingAttention(E, H, 2, decay=1.5), r"decay must be in \[0, 1\]; got 1.5"),
         (lambda x: SinkhornAttention(E, H, temperature=0.0), "temperature must be positive; got 0.0"),
         (lambda x: LAYERS[0](batch_first=True)(x, x[:, :3], x[:, :3]), "must be one sequence; got lengths 5 and 3"),

@@ -215,6 +215,8 @@ def test_registered_ops():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"softcap": 0.0}, "softcap must be a positive number or None; got 0.0"),
+        ({"window": (-1, 0)}, r"window must hold counts from 0, or None for no limit; got \(-1, 0\)"),
         ({"k_scale": torch.ones(B, HKV, T)}, "k_scale must be given with an int8 k_cache, and only then"),
         ({"cache_starts": torch.tensor([0, -1, 0])}, r"cache_starts must be \(B,\) = \(3,\) integers from 0"),
         ({"cache_seqlens": torch.tensor([1, 2])}, r"cache_seqlens must be \(B,\) = \(3,\) integers"),

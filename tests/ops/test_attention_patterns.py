@@ -277,6 +277,11 @@ def test_lower_levels_match_float64(name, pattern):
 LOCAL = Causal() & (Window(50, 0) | GlobalTokens(3) | Strided(17))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_long_odd_length(dtype):
+    check(KERNELS[-1], qkv((1, 1, 1, 1023, 1023, 32, 32), dtype), pattern=LOCAL)
+
+
 @pytest.mark.parametrize("T", [1, 113, 127, 239, 799])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_odd_lengths(T, dtype):
@@ -288,6 +293,47 @@ def test_odd_lengths(T, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_head_dims(D, dtype):
     check(KERNELS[-1], qkv((1, 2, 1, 113, 127, D, D), dtype), pattern=LOCAL)
+
+
+FAMILIES = [
+    "window",
+    "dilated",
+    "strided",
+    "some tokens",
+    "documents of two lengths",
+    "blocks by sequence",
+    "sparse graph",
+    "clusters by head",
+    "dense",
+    "heads",
+]
+FEATURES = ["softcap", "bias", "relative", "alibi_slopes", "sinks"]
+D_OF = [8, 32, 59, 64, 80, 111, 128, 256]
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("pattern", FAMILIES)
+def test_pattern_feature_dtype(pattern, feature):
+    """The kernels against the reference in float64, dtypes and head dims taken in turn: o, lse and every gradient."""
+    at = FAMILIES.index(pattern) * len(FEATURES) + FEATURES.index(feature)
+    dtype = DTYPES[(FAMILIES.index(pattern) + FEATURES.index(feature)) % 3]
+    inputs = qkv((B, H, H, TQ, TK, D_OF[at % 8], D_OF[(at + 3) % 8]), dtype)
+    shapes = {"bias": (H, TQ, TK), "relative": (H, TQ + TK - 1), "alibi_slopes": (H,), "sinks": (H,)}
+    options = {"softcap": 2.0} if feature == "softcap" else {}
+    extra = {} if feature == "softcap" else {feature: torch.rand(shapes[feature]) / (50 if feature == "alibi_slopes" else 1)}
+    weight = [torch.randn(B, H, TQ, inputs["v"].shape[3]), torch.randn(B, H, TQ)]
+
+    def run(impl, wide):
+        leaves = {n: (t.double() if wide else t).detach().requires_grad_() for n, t in (inputs | extra).items()}
+        o, lse = attention(**leaves, **options, pattern=PATTERNS[pattern], return_lse=True, impl=impl)
+        lse = torch.where(lse == float("-inf"), 0.0, lse)
+        total = (o * weight[0]).sum() + (lse * weight[1]).sum()
+        return [o.detach(), lse.detach(), *torch.autograd.grad(total, list(leaves.values()))]
+
+    roundoff = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for n, (got, want) in enumerate(zip(run("cpu", False), run("reference", True))):
+        error = (got.double() - want).norm() / want.norm().clamp(min=1e-6)
+        assert error < roundoff, f"result {n}: relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -364,6 +410,32 @@ def test_compiles_and_exports():
 
     def layer(q, k, v, cu):
         return attention(q * 2, k, v, pattern=(local | Window(2, 0)) & Documents(cu))
+
+    def arguments(T):
+        return [*(t.requires_grad_() for t in qkv((2, 4, 2, T, T, 16, 24)).values()), torch.tensor([0, 10, T])]
+
+    testing.check_public(layer, arguments(33), arguments(70))
+
+
+def test_one_tensor_as_several_arguments_compiles():
+    torch._dynamo.reset()
+
+    def gradient(fn):
+        x = qkv((1, 2, 2, 9, 9, 8, 8))["q"].requires_grad_()
+        return torch.autograd.grad(fn(x).square().sum(), x)[0]
+
+    torch.manual_seed(3)
+    want = gradient(lambda x: attention(x, x, x, causal=True))
+    torch.manual_seed(3)
+    got = gradient(torch.compile(lambda x: attention(x, x, x, causal=True), fullgraph=True, backend="aot_eager"))
+    torch.testing.assert_close(got, want)  # the three parts are added in another order
+
+
+def test_one_tensor_twice_in_a_pattern_compiles():
+    def layer(q, k, v, cu):
+        return attention(
+            q * 2, k, v, pattern=(Documents(cu) & Causal()) | Documents(cu, inside=Window(1, 1)) | Documents(cu, cu)
+        )
 
     def arguments(T):
         return [*(t.requires_grad_() for t in qkv((2, 4, 2, T, T, 16, 24)).values()), torch.tensor([0, 10, T])]

@@ -3,6 +3,8 @@ order of blocks (Sinkhorn Transformer). MultiheadAttention's calling convention;
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +20,24 @@ def _natural(name: str, what: str, n) -> int:
 
 
 class _GatheredAttention(PairlessAttention):
+    """What the layers share.
+
+    Options:
+        dropout: probability of dropping an attention weight in training.
+        bias: add a bias to the projections.
+        kdim, vdim: feature dimensions of ``key`` and ``value``; ``None`` is ``embed_dim``.
+        batch_first: batched tensors are ``(N, L, E)``; ``False`` is ``(L, N, E)``.
+        device, dtype: of the parameters.
+    """
+
+    _OPTIONS = ("dropout", "bias", "kdim", "vdim", "batch_first", "device", "dtype")
+
+    def __init__(self, embed_dim: int, num_heads: int, options: dict) -> None:
+        unknown = [n for n in options if n not in self._OPTIONS]
+        if unknown:
+            raise TypeError(f"{type(self).__name__}: options are {', '.join(self._OPTIONS)}; got {', '.join(unknown)}")
+        super().__init__(embed_dim, num_heads, **options)
+
     def _one_length(self, q: Tensor, k: Tensor) -> None:
         if q.shape[2] != k.shape[2]:
             raise ValueError(
@@ -47,12 +67,9 @@ class ReformerAttention(_GatheredAttention):
         num_heads: number of heads H.
         chunk: tokens of a chunk.
         rounds: of hashing.
-        buckets: hashes, an even number; None is the even number next to ``2 * T / chunk``.
-        dropout: probability of dropping an attention weight in training.
-        bias: add a bias to the projections.
+        buckets: hashes, an even number; None is about ``2 * T / chunk``, above 64 by two hashes of about its root.
         seed: of the rotations, which are the same at each call, so that a result can be repeated.
-        batch_first: batched tensors are ``(N, L, E)``; ``False`` is ``(L, N, E)``.
-        device, dtype: of the parameters.
+        **options: dropout, bias, vdim, batch_first, device, dtype, as :class:`torch.nn.MultiheadAttention`'s.
     """
 
     def __init__(
@@ -63,14 +80,12 @@ class ReformerAttention(_GatheredAttention):
         rounds: int = 2,
         *,
         buckets: int | None = None,
-        dropout: float = 0.0,
-        bias: bool = True,
         seed: int = 0,
-        batch_first: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options,
     ) -> None:
-        super().__init__(embed_dim, num_heads, dropout, bias, batch_first=batch_first, device=device, dtype=dtype)
+        super().__init__(embed_dim, num_heads, options)
+        if options.get("kdim") is not None:
+            raise ValueError(f"ReformerAttention: kdim must be None: queries are keys too; got {options['kdim']}")
         self.chunk = _natural("ReformerAttention", "chunk", chunk)
         self.rounds = _natural("ReformerAttention", "rounds", rounds)
         if buckets is not None and _natural("ReformerAttention", "buckets", buckets) % 2:
@@ -83,11 +98,18 @@ class ReformerAttention(_GatheredAttention):
     def hashes(self, q: Tensor) -> Tensor:
         """(N, H, rounds, T) integers: the bucket of each token of q (N, H, T, D) in each round."""
         T, D = q.shape[2:]
-        buckets = self.buckets or max(2, 2 * round(T / self.chunk))
+        factors = [self.buckets or max(2, 2 * round(T / self.chunk))]
+        if self.buckets is None and factors[0] > 64:  # two hashes of about its root make one: their cost stays linear in T
+            first = 2 * math.ceil(math.sqrt(factors[0]) / 2)
+            factors = [first, 2 * math.ceil(factors[0] / first / 2)]
         generator = torch.Generator().manual_seed(self.seed)
-        rotations = torch.randn(self.num_heads, self.rounds, D, buckets // 2, generator=generator)
-        turned = q.detach().float().unsqueeze(2) @ rotations.to(q.device)
-        return torch.cat([turned, -turned], -1).argmax(-1)
+        bucket = 0
+        for n in factors:
+            rotations = torch.randn(self.num_heads, self.rounds, D, n // 2, generator=generator)
+            turned = q.detach().float().unsqueeze(2) @ rotations.to(q.device)
+            most, least = turned.max(-1), turned.min(-1)
+            bucket = bucket * n + torch.where(most.values >= -least.values, most.indices, least.indices + n // 2)
+        return bucket
 
     def _attend(self, key: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, causal: bool) -> Tensor:
         self._one_length(q, k)
@@ -149,38 +171,19 @@ class RoutingAttention(_GatheredAttention):
         clusters: centroids of a head.
         window: tokens that each takes, at most all.
         decay: of the moving centroids.
-        dropout: probability of dropping an attention weight in training.
-        bias: add a bias to the projections.
-        kdim, vdim: feature dimensions of ``key`` and ``value``; ``None`` is ``embed_dim``.
-        batch_first: batched tensors are ``(N, L, E)``; ``False`` is ``(L, N, E)``.
-        device, dtype: of the parameters.
+        **options: dropout, bias, kdim, vdim, batch_first, device, dtype, as :class:`torch.nn.MultiheadAttention`'s.
     """
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        clusters: int,
-        window: int = 64,
-        *,
-        decay: float = 0.999,
-        dropout: float = 0.0,
-        bias: bool = True,
-        kdim: int | None = None,
-        vdim: int | None = None,
-        batch_first: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, embed_dim: int, num_heads: int, clusters: int, window: int = 64, *, decay: float = 0.999, **options
     ) -> None:
-        super().__init__(
-            embed_dim, num_heads, dropout, bias, kdim=kdim, vdim=vdim, batch_first=batch_first, device=device, dtype=dtype
-        )
+        super().__init__(embed_dim, num_heads, options)
         self.clusters = _natural("RoutingAttention", "clusters", clusters)
         self.window = _natural("RoutingAttention", "window", window)
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"RoutingAttention: decay must be in [0, 1]; got {decay}")
         self.decay = decay
-        start = F.normalize(torch.randn(num_heads, clusters, self.head_dim, device=device), dim=-1)
+        start = F.normalize(torch.randn(num_heads, clusters, self.head_dim, device=self.out_proj.weight.device), dim=-1)
         self.register_buffer("centroids", start)
 
     def extra_repr(self) -> str:
@@ -243,10 +246,7 @@ class SinkhornAttention(_GatheredAttention):
         mixed: blocks of which the sorted one is made; None is all of them, as in the paper, at (T / block) times the cost.
         iterations: of the normalisation.
         temperature: tau.
-        dropout: probability of dropping an attention weight in training.
-        bias: add a bias to the projections.
-        batch_first: batched tensors are ``(N, L, E)``; ``False`` is ``(L, N, E)``.
-        device, dtype: of the parameters.
+        **options: dropout, bias, kdim, vdim, batch_first, device, dtype, as :class:`torch.nn.MultiheadAttention`'s.
     """
 
     def __init__(
@@ -258,13 +258,9 @@ class SinkhornAttention(_GatheredAttention):
         mixed: int | None = 1,
         iterations: int = 8,
         temperature: float = 0.75,
-        dropout: float = 0.0,
-        bias: bool = True,
-        batch_first: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options,
     ) -> None:
-        super().__init__(embed_dim, num_heads, dropout, bias, batch_first=batch_first, device=device, dtype=dtype)
+        super().__init__(embed_dim, num_heads, options)
         self.block = _natural("SinkhornAttention", "block", block)
         self.mixed = None if mixed is None else _natural("SinkhornAttention", "mixed", mixed)
         self.iterations = _natural("SinkhornAttention", "iterations", iterations)
@@ -273,7 +269,7 @@ class SinkhornAttention(_GatheredAttention):
         self.temperature = temperature
         D = self.head_dim
         for name in ("sort_q", "sort_k"):
-            weight = torch.empty(num_heads, D, D, device=device, dtype=dtype)
+            weight = self.out_proj.weight.new_empty(num_heads, D, D)
             setattr(self, name, torch.nn.Parameter(torch.nn.init.normal_(weight, std=D**-0.5)))
 
     def extra_repr(self) -> str:

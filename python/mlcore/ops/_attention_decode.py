@@ -209,9 +209,12 @@ def _few_queries(q, caches, page_table, total, starts, slopes, sinks, around, ca
         slopes = slopes.float().reshape(-1, H).contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()
     left, right = (-1 if n is None else n for n in around)
+    given_softcap = softcap
     scale, softcap = 1.0 / math.sqrt(D) if scale is None else float(scale), 0.0 if softcap is None else float(softcap)
-    if softcap < 0 or (around[0] or 0) < 0 or (around[1] or 0) < 0:
-        raise ValueError(f"{_OP}: softcap and window must not be negative; got {softcap}, {around}")
+    if softcap < 0 or not math.isfinite(softcap) or (given_softcap is not None and softcap == 0):
+        raise ValueError(f"{_OP}: softcap must be a positive number or None; got {given_softcap}")
+    if any(n is not None and n < 0 for n in around):
+        raise ValueError(f"{_OP}: window must hold counts from 0, or None for no limit; got {around}")
     q = q if q.stride(-1) == 1 else q.contiguous()
     decode = _decode_launch if direct(q, *caches, total) else _decode
     return decode(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import patterns
+from .. import _pattern_tree, patterns
 from .._registry import kernel
 
 _OP = "attention"
@@ -38,7 +38,7 @@ class Schedule(NamedTuple):
 @functools.lru_cache(maxsize=512)
 def _split(spec: str) -> tuple[tuple[tuple[int, int, int], ...], tuple | None]:
     """(bands, rest): the bands that stand at the top of the tree, and what else must hold, in the tree's order."""
-    tree = patterns.parse(spec)
+    tree = _pattern_tree.parse(spec)
     bands, rest = [], []
 
     def walk(node):
@@ -139,7 +139,7 @@ def clear_cache() -> None:
 
 
 def _lower(bands, rest, tensors, B, H, Tq, Tk) -> Schedule:
-    tree = patterns.bind(rest, [t.detach().cpu() for t in tensors])
+    tree = _pattern_tree.bind(rest, [t.detach().cpu() for t in tensors])
     if rest[0] == "dense":
         return Schedule(*_band(bands, Tq, Tk), *_mask_tiles(_four_dims(tree[2][0], Tq, Tk)))
     if bands:
@@ -165,7 +165,7 @@ def _lower(bands, rest, tensors, B, H, Tq, Tk) -> Schedule:
 
 
 def _four_dims(mask, Tq, Tk):
-    patterns.check_broadcast(mask.shape, Tq, Tk)
+    _pattern_tree.check_broadcast(mask.shape, Tq, Tk)
     mask = mask[(None,) * (4 - mask.dim())]
     return mask.expand(-1, -1, -1, Tk)
 
@@ -266,22 +266,22 @@ def _words(node, b, h, Tq, Tk, shared, whole=True):
         return [[_GLOBAL, numbers[-1], begins.numel()], torch.stack([begins, ends], 1)]
     if name == "documents":
         q, k = tensors[0], tensors[-1]
-        patterns.check_cu_seqlens(q, Tq, "cu_seqlens")
-        patterns.check_cu_seqlens(k, Tk, "cu_seqlens_k")
+        _pattern_tree.check_cu_seqlens(q, Tq, "cu_seqlens")
+        _pattern_tree.check_cu_seqlens(k, Tk, "cu_seqlens_k")
         return [[_DOCUMENTS, q.numel() - 1], q, k, [len(parts)], *(c for p in parts for c in inner(p))]
     if name == "lengths":
         k, q = tensors[0], tensors[1] if numbers[0] else torch.full_like(tensors[0], Tq)
-        patterns.check_lengths(k, Tk, "k_lengths")
-        patterns.check_lengths(q, Tq, "q_lengths")
+        _pattern_tree.check_lengths(k, Tk, "k_lengths")
+        _pattern_tree.check_lengths(q, Tq, "q_lengths")
         return [[_DOCUMENTS, 1, 0, int(q[b]), 0, int(k[b]), len(parts)], *(c for p in parts for c in inner(p))]
     if name == "blocks":
         mask = _of_set(tensors[0], b, h, 2)
         if whole:
-            patterns.check_blocks(mask, *numbers, Tq, Tk)
+            _pattern_tree.check_blocks(mask, *numbers, Tq, Tk)
         return [[_BLOCKS, *numbers, *mask.shape], mask]
     if name == "clusters":
         q, k = (_of_set(t, b, h, 1) for t in (tensors[0], tensors[-1]))
-        patterns.check_clusters(q, k, Tq, Tk)
+        _pattern_tree.check_clusters(q, k, Tq, Tk)
         return [[_CLUSTERS], q, k]
     # What has a mask of its own is listed first, once for each set that it tells apart.
     if name == "dense":
@@ -298,7 +298,7 @@ def _words(node, b, h, Tq, Tk, shared, whole=True):
 
 def _edge_tiles(edges, nq: int, nk: int, Tq: int, Tk: int):
     """(row_ptr, cols, ids, bits) of edges (2, E): every tile with one is listed."""
-    patterns.check_edges(edges, nq, nk, Tq, Tk)
+    _pattern_tree.check_edges(edges, nq, nk, Tq, Tk)
     k_tiles, q_tiles = -(-Tk // TILE), -(-Tq // TILE)
     flat = torch.unique(edges[0] * Tk + edges[1])
     i, j = flat.div(Tk, rounding_mode="floor"), flat % Tk

@@ -7,8 +7,9 @@ import math
 import torch
 
 from .._backend import choose
+from .._pattern_tree import dense
 from .._registry import autocast, create_graph, direct, direct_apply, lean_rows, needs_grad, register, transformed
-from ..patterns import Pattern, dense
+from ..patterns import Pattern
 from ._attention_launch import bwd_fake, bwd_launch, fwd_fake, fwd_launch, lean_bwd, lean_fwd, new_lse
 
 _OP = "attention"
@@ -433,12 +434,24 @@ def _dispatch(q, k, v, bias, relative, sinks, tensors, spec, scale, softcap, dro
     if relative is not None and relative.stride(-1) != 1:
         relative = relative.contiguous()
     if needs_grad(q, k, v, bias, relative, sinks):
+        if torch.compiler.is_compiling():
+            q, k, v, bias, relative, sinks, *tensors = _distinct(q, k, v, bias, relative, sinks, *tensors)
         o, lse = _Attention.apply(q, k, v, bias, relative, sinks, seed, spec, *numbers, *tensors)
     elif direct(q, k, v, bias, relative, sinks, *tensors):
         o, lse = fwd_launch(q, k, v, bias, relative, sinks, seed, tensors, spec, *numbers)
     else:
         o, lse = _fwd(q, k, v, bias, relative, sinks, seed, tensors, spec, *numbers)
     return (o, lse[0]) if return_lse else o
+
+
+def _distinct(*tensors):
+    """The tensors, views in place of those that were there before: torch.compile refuses one tensor as two inputs."""
+    seen, out = [], []
+    for t in tensors:
+        again = t is not None and any(t is s for s in seen)
+        out.append(t.view_as(t) if again else t)
+        seen.append(t)
+    return out
 
 
 def _reference(q, k, v, bias, relative, sinks, seed, tensors, spec, scale, softcap, dropout_p):
