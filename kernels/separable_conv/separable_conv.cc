@@ -14,7 +14,8 @@ namespace {
 
 constexpr const char* kOp = "separable_conv";
 constexpr int64_t kStripPixels = 112;  // with 64 channels 28 KiB: a strip of a stays in the L1 cache beside a panel of weights
-thread_local Scratch shared_scratch;   // of the calling thread; its workers get slices
+constexpr int64_t kLeastPixels = 24, kItems = 8;  // MobileNetV2's 7 x 7 and 14 x 14 layers left a thread without work
+thread_local Scratch shared_scratch;              // of the calling thread; its workers get slices
 
 int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
 
@@ -110,11 +111,14 @@ void fwd(const DLTensor* x_, const DLTensor* depthwise_, const DLTensor* scale_,
   require(p.C >= 1, kOp, ": x must have channels");
   if (y.numel() == 0) return;
   prefer_huge_pages(y.raw(), static_cast<size_t>(y.numel()) * (p.dtype == Dtype::f32 ? 4 : 2));
+  // Items of work are strips by blocks of columns. Few items: strips are cut first, then columns, each of which makes its own
+  // a.
+  const int64_t blocks = (p.J + kBlock - 1) / kBlock, least = std::clamp<int64_t>((kLeastPixels + p.Wo - 1) / p.Wo, 1, p.Ho);
   p.strip = std::clamp<int64_t>(kStripPixels / p.Wo, 1, p.Ho);
-  if (p.strip > 1) p.strip = (p.Ho + (p.Ho + p.strip - 1) / p.strip - 1) / ((p.Ho + p.strip - 1) / p.strip);  // even strips
-  // Few strips: columns are cut too, and each cut makes its own a.
-  const int64_t strips = p.N * p.strips(), blocks = (p.J + kBlock - 1) / kBlock;
-  const int64_t groups = std::min(blocks, std::max<int64_t>(8 / strips, 1));
+  while (p.N * p.strips() * blocks < kItems && p.strip > least) p.strip = std::max(p.strip / 2, least);
+  p.strip = (p.Ho + p.strips() - 1) / p.strips();  // even ones
+  const int64_t strips = p.N * p.strips();
+  const int64_t groups = std::min(blocks, std::max<int64_t>(kItems / strips, 1));
   const int64_t group = (blocks + groups - 1) / groups * kBlock;
   const int64_t cuts = (p.J + group - 1) / group;
   problem.share(strips * cuts, std::min(group, p.J),
