@@ -98,32 +98,25 @@ def test_every_format(level, format, symmetric):
                 assert torch.equal(_dequantize(like, *weight, N, K, *numbers, impl), packed.dequantize())
 
 
-def shapes(count, seed):
-    """Sizes with primes, 0 and 1 in them, and groups that divide nothing."""
+def weights(count, seed):
+    """N, K and groups with primes, 0 and 1 in them, and groups that divide nothing."""
     rng = random.Random(seed)
-    edges = itertools.product((0, 1, 2, 5, 13), (1, 2, 17, 64), (0, 1, 3, 31, 257), (1, 5, 32))
     sizes = (1, 2, 3, 5, 7, 11, 13, 15, 16, 17, 23, 31, 32, 37, 63, 64, 65, 71, 97, 127, 128, 129, 131)
-    yield from edges
+    yield from itertools.product((1, 2, 17, 64), (0, 1, 3, 31, 257), (1, 5, 32))
     for _ in range(count):
-        yield (
-            rng.choice(sizes[:12]),
-            rng.choice(sizes),
-            rng.choice(sizes) + rng.choice((0, 0, 0, 384)),
-            rng.choice((1, 2, 7, 16, 32, 33, 64, 600)),
-        )
+        yield rng.choice(sizes), rng.choice(sizes) + rng.choice((0, 0, 384)), rng.choice((1, 2, 7, 16, 32, 33, 64, 600))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_integers_are_exact_on_every_level(seed):
-    """int64 is the truth. Rows whose largest magnitude is 127 and scales of one leave nothing but integers; over the four seeds
-    2 400 shapes, all codes, half of them only with the ends of their ranges."""
+    """int64 is the truth. Rows whose largest magnitude is 127 and scales of one leave nothing but integers; over the three seeds
+    2 100 shapes, all codes, half of them only with the ends of their ranges."""
     torch.manual_seed(seed)
-    for number, (M, N, K, group) in enumerate(shapes(300, seed)):
+    for number, (N, K, group) in enumerate(weights(80, seed)):
         bits = (8, 4, 7, 2, 3, 1, 5, 6)[(number + seed) % 8]
-        extreme, top = number % 2, 2**bits - 1
-        x = torch.randint(0, 2, (M, K)) * 254 - 127 if extreme else torch.randint(-127, 128, (M, K))
-        if K:
-            x[:, 0] = 127
+        extreme, top, rows = number // 8 % 2, 2**bits - 1, (0, 1, 2 + number % 3, 5 + number % 4, 10 + number % 9)
+        x = torch.randint(0, 2, (rows[-1], K)) * 254 - 127 if extreme else torch.randint(-127, 128, (rows[-1], K))
+        x[:, :1] = 127
         codes = torch.randint(0, 2, (N, K)) * top if extreme else torch.randint(0, top + 1, (N, K))
         group = min(group, max(K, 1))
         groups = -(-K // group)
@@ -133,8 +126,9 @@ def test_integers_are_exact_on_every_level(seed):
         want = (x @ (codes - z).T).float()
         for level in LEVELS:
             with use(level) as impl:
-                got = quant_linear(x.float(), packed, dynamic_int8=True, impl=impl)
-            assert torch.equal(got, want), f"{level}: M, N, K = {M, N, K}, group {group}, {bits} bits"
+                for M in rows:
+                    got = quant_linear(x[:M].float(), packed, dynamic_int8=True, impl=impl)
+                    assert torch.equal(got, want[:M]), f"{level}: M, N, K = {M, N, K}, group {group}, {bits} bits"
 
 
 def test_integer_sums_do_not_overflow():
