@@ -109,7 +109,7 @@ def weights(count, seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_integers_are_exact_on_every_level(seed):
-    """int64 is the truth. Rows whose largest magnitude is 127 and scales of one leave nothing but integers; over the three seeds
+    """int64 is the truth. Rows whose largest magnitude is 127 and scales of one leave only integers; over the three seeds
     2 100 shapes, all codes, half of them only with the ends of their ranges."""
     torch.manual_seed(seed)
     for number, (N, K, group) in enumerate(weights(80, seed)):
