@@ -34,11 +34,11 @@ inline auto with_dot(const QuantLinear& p, F&& body) {
   return body(WideDot{});
 }
 
-// True where few_tile() serves the problem: few rows, codes of 1, 2 or 4 bits, one codebook at most.
+// True where few_tile() serves the problem: few rows, codes of 2 or 4 bits, one codebook at most.
 template <class Dot>
 bool in_registers([[maybe_unused]] const QuantLinear& p) {
-#if defined(MLC_ISA_AVX512)
-  if (Dot::kPairs || p.M > kMostFew || (p.w.bits & (p.w.bits - 1)) != 0 || p.w.bits == 8) return false;
+#if MLC_IN_REGISTERS
+  if (Dot::kPairs || p.M > kMostFew || (p.w.bits != 2 && p.w.bits != 4)) return false;
   return Dot::kInteger ? !p.w.codebook8 : p.w.table_rows >= p.w.N;
 #else
   return false;
@@ -198,7 +198,7 @@ Tile tile_of(const QuantLinear& p, const Item& item, const QuantSegment& part, i
   return tile;
 }
 
-#if defined(MLC_ISA_AVX512)
+#if MLC_IN_REGISTERS
 template <class Dot>
 void run_few(const QuantLinear& p, const Item& item) {
   const QuantWeight& w = p.w;
@@ -211,11 +211,7 @@ void run_few(const QuantLinear& p, const Item& item) {
       Tile t = tile_of<Dot>(p, item, part, i);
       t.b = reinterpret_cast<const char*>(w.panel(item.panel_begin)) + part.k * 2 * w.bits, t.b_stride = w.panel_bytes;
       t.units = part.length / 4;
-      switch (w.bits) {
-        case 4: any_few_tile<Dot, 2>(rows, panels, t, table); break;
-        case 2: any_few_tile<Dot, 4>(rows, panels, t, table); break;
-        default: any_few_tile<Dot, 8>(rows, panels, t, table); break;
-      }
+      w.bits == 4 ? any_few_tile<Dot, 2>(rows, panels, t, table) : any_few_tile<Dot, 4>(rows, panels, t, table);
     }
 }
 #endif
@@ -267,7 +263,7 @@ void run_many(const QuantLinear& p, const Item& item) {
 
 template <class Dot>
 void run_panels(const QuantLinear& p, const Item& item) {
-#if defined(MLC_ISA_AVX512)
+#if MLC_IN_REGISTERS
   if constexpr (!Dot::kPairs)
     if (in_registers<Dot>(p)) return run_few<Dot>(p, item);
 #endif

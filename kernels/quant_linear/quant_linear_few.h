@@ -1,16 +1,23 @@
-// Few rows of x: codes of 1, 2 or 4 bits are decoded in registers and used at once, by up to four rows; the decoded weights
-// never touch memory. Same products in the same order as tile(). AVX-512 only; included by quant_linear_cpu.inl only.
+// Few rows of x: codes of 2 or 4 bits are decoded in registers and used at once, by up to four rows; the decoded weights
+// never touch memory. Same products in the same order as tile(). AVX-512 only, and not emulated: its many variants take a
+// minute to compile there. Included by quant_linear_cpu.inl only.
 #pragma once
 #include "quant_linear/quant_linear_dot.h"
+
+#if defined(MLC_ISA_AVX512) && !defined(MLC_EMULATE_AVX512)
+#define MLC_IN_REGISTERS 1
+#else
+#define MLC_IN_REGISTERS 0
+#endif
 
 namespace mlcore::MLC_ISA {
 namespace {
 
 constexpr int kFewRows = 4;  // at a time
-constexpr int64_t kMostFew =
-    8;  // two passes over 4096 x 4096 codes of 4 bits take 1.7 ms, decoding to memory 2.3 ms; three take 2.6 against 2.7
+// 4096 x 4096 codes of 4 bits: two passes take 1.5 ms where decoding to memory takes 2.3; three 2.6 against 2.0 to 2.4.
+constexpr int64_t kMostFew = 8;
 
-#if defined(MLC_ISA_AVX512)
+#if MLC_IN_REGISTERS
 constexpr int kAhead = 1024;  // bytes of a panel's codes asked for before they are used
 
 // kPer units a vector of codes. Integers: the shifted codes are the factor. Floats: looked up in table, minus zero.

@@ -58,6 +58,9 @@ inline __m256i cvtps_ph(__m512 v) {
 inline __m512i cvtepu8_epi32(__m128i v) {
   return join<__m512i>(_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)));
 }
+inline __m512 cvtepi32_ps(__m512i v) {
+  return join<__m512>(_mm256_cvtepi32_ps(part<__m256i>(v, 0)), _mm256_cvtepi32_ps(part<__m256i>(v, 1)));
+}
 inline __m512i madd_epi16(__m512i a, __m512i b) {
   return join<__m512i>(_mm256_madd_epi16(part<__m256i>(a, 0), part<__m256i>(b, 0)),
                        _mm256_madd_epi16(part<__m256i>(a, 1), part<__m256i>(b, 1)));
@@ -126,6 +129,9 @@ inline __m512 maskz_scalef_ps(__mmask16 lanes, __m512 v, __m512 power) {
 #endif
 #if !defined(_mm512_shuffle_f32x4)
 #define _mm512_shuffle_f32x4(a, b, pick) emulated::shuffle_f32x4(a, b, pick)
+#endif
+#if !defined(_mm512_cvtepi32_ps)
+#define _mm512_cvtepi32_ps(v) emulated::cvtepi32_ps(v)
 #endif
 #if !defined(_mm512_cvtepu8_epi32)
 #define _mm512_cvtepu8_epi32(v) emulated::cvtepu8_epi32(v)
