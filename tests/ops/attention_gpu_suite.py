@@ -62,7 +62,7 @@ CASES = [
     Case((1, 1, 1, 40, 70, 256, 256), F16),
     Case((1, 1, 1, 40, 70, 200, 256), F32, Causal()),
     Case((1, 1, 1, 150, 200, 64, 64), BF16, Window(20, 5), layout="expanded"),
-    Case((1, 2, 1, 130, 130, 24, 16), F32, Causal() & Window(30, 0), layout="sliced"),
+    Case((1, 1, 1, 130, 130, 24, 16), F32, Causal() & Window(30, 0), layout="sliced"),
     Case((1, 1, 1, 200, 230, 32, 64), F16, Strided(7) & Causal()),
     Case((1, 1, 1, 130, 130, 32, 32), F32, Documents(torch.tensor([0, 5, 5, 90, 130])) & Causal()),
     Case((1, 1, 1, 200, 200, 16, 16), BF16, GlobalTokens(2) | Window(10, 10)),
@@ -77,6 +77,10 @@ CASES = [
     Case((2, 2, 1, 70, 131, 16, 16), BF16, dropout_p=0.2, d_lse=False),
     Case((1, 1, 1, 20, 30, 16, 16), F32, dropout_p=1.0),
 ]
+
+
+# The interpreter computes bfloat16 wrongly and takes about a second a tile of 64 x 64 and pass.
+INTERPRETED = [c for c in CASES if c.dtype != BF16 and c.shape[0] * c.shape[1] * c.shape[3] * c.shape[4] <= 20000]
 
 
 def emulated() -> tuple[Callable, Callable]:

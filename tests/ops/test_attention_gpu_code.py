@@ -17,7 +17,7 @@ OP = "attention"
 
 if gpu_code.INTERPRETING:
 
-    @pytest.mark.parametrize("case", [c for c in suite.CASES if c.dtype != suite.BF16], ids=str)
+    @pytest.mark.parametrize("case", suite.INTERPRETED, ids=str)
     def test_interpreted_kernels(case):
         suite.check(gpu_code.interpreted(OP), case)
 
