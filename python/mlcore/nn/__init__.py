@@ -1,6 +1,7 @@
 """Modules over mlcore.ops, with the signatures and state dicts of torch.nn where one exists there."""
 
 from .alignment import AdditiveAttention, LocationAwareAttention, MonotonicAttention, guided_attention_loss
+from .attention_free import AttentionFree
 from .causal_conv1d import CausalConv1d
 from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d, DepthwiseSeparableConv2d
 from .layer_norm import LayerNorm
@@ -22,6 +23,7 @@ from .transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "AdditiveAttention",
+    "AttentionFree",
     "CausalConv1d",
     "CrossAttention",
     "DeltaNet",

@@ -2,6 +2,7 @@
 
 from ._attention_decode import attention_with_kvcache, rotate
 from ._attention_positions import alibi_slopes, merge_attention, t5_relative
+from .aft import aft
 from .attention import attention, scaled_dot_product_attention
 from .causal_conv1d import causal_conv1d, causal_conv1d_update
 from .depthwise_conv import depthwise_conv1d, depthwise_conv2d, depthwise_conv3d
@@ -10,6 +11,7 @@ from .linear_attention import linear_attention, linear_attention_step
 from .rms_norm import rms_norm
 
 __all__ = [
+    "aft",
     "alibi_slopes",
     "attention",
     "attention_with_kvcache",
