@@ -7,6 +7,7 @@ from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d, D
 from .layer_norm import LayerNorm
 from .linear_attention import DeltaNet, GatedLinearAttention, LinearAttention, RandomFeatures, RetentionLayer
 from .linformer_attention import LinformerAttention
+from .mixing import FourierMixing, GatedMLP, MixerBlock, SpatialGatingUnit
 from .multihead_attention import MultiheadAttention
 from .pattern_attention import (
     CrossAttention,
@@ -31,7 +32,9 @@ __all__ = [
     "DepthwiseConv2d",
     "DepthwiseConv3d",
     "DepthwiseSeparableConv2d",
+    "FourierMixing",
     "GatedLinearAttention",
+    "GatedMLP",
     "GlobalLocalAttention",
     "GraphAttention",
     "LayerNorm",
@@ -39,12 +42,14 @@ __all__ = [
     "LinformerAttention",
     "LocalAttention",
     "LocationAwareAttention",
+    "MixerBlock",
     "MonotonicAttention",
     "MultiheadAttention",
     "PatternAttention",
     "RMSNorm",
     "RandomFeatures",
     "RetentionLayer",
+    "SpatialGatingUnit",
     "StridedAttention",
     "SynthesizerAttention",
     "Transformer",
