@@ -27,7 +27,7 @@ from mlcore import nn
 
 DOCS = Path(__file__).parents[2] / "docs"
 WIDTH, HEADS, LAYERS, LENGTH, BATCH = 128, 4, 2, 256, 8
-STEPS, RATE = 240, 3e-3
+STEPS, RATE = 600, 3e-3  # 75 ms a step on one core: 10 minutes for all kinds
 
 #: What the page and the plot call it -> the layer of a block; causal; MultiheadAttention's calling convention but for patterns.
 KINDS: dict[str, Callable[[], torch.nn.Module]] = {
