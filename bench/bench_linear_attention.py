@@ -1,11 +1,18 @@
 """Linear attention against plain torch: the chunked einsum form and, for the plain kind, a loop over tokens; against mlcore's
-softmax attention; how it scales with threads at one head and with the length. Next: kernels/linear_attention/README.md.
+softmax attention; how it scales with threads at one head, and how time and memory grow with the length. Next:
+kernels/linear_attention/README.md.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import shutil
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +85,28 @@ def token_loop(q, k, v, *, feature_map, normalize):
     return o / (q * k.cumsum(2)).sum(-1, keepdim=True)
 
 
+@functools.cache
+def compiled_loop():
+    """recurrence_loop.c, built for this machine; None without a C compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    source, library = Path(__file__).parent / "recurrence_loop.c", Path(tempfile.mkdtemp()) / "recurrence_loop.so"
+    flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+    subprocess.run([compiler, *flags, "-o", library, source], check=True)
+    return ctypes.CDLL(str(library)).recurrence_loop
+
+
+def native_loop(q, k, v, *, feature_map, normalize):
+    """The same token by token in C, a head a thread; numerators there, denominators in torch."""
+    q, k = linear_attention_ref.feature_map(q, feature_map), linear_attention_ref.feature_map(k, feature_map)
+    B, H, T, D = q.shape
+    o = torch.empty_like(v)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (q, k, v, o)]
+    compiled_loop()(*pointers, *(ctypes.c_long(n) for n in (B * H, T, D, v.shape[3])))
+    return o / (q * k.cumsum(2)).sum(-1, keepdim=True)
+
+
 def call_of(fn, tensors, kwargs, d_o, backward):
     if not backward:
 
@@ -110,13 +139,15 @@ def truth(problem, tensors, kwargs, d_o):
 
 
 def rows_of(problem: Problem) -> list[str]:
-    loop = ["loop over tokens"] if problem.kind == "normalized" and not problem.backward else []
-    return ["mlcore", "torch chunked", *loop]
+    if problem.kind != "normalized" or problem.backward:
+        return ["mlcore", "torch chunked"]
+    return ["mlcore", "torch chunked", "loop over tokens", *(["loop over tokens in C"] if compiled_loop() else [])]
 
 
 def make_group(problem: Problem) -> Group:
     tensors, kwargs, d_o = inputs(problem)
-    functions = {"mlcore": linear_attention, "torch chunked": chunked, "loop over tokens": token_loop}
+    functions = {"mlcore": linear_attention, "torch chunked": chunked}
+    functions |= {"loop over tokens": token_loop, "loop over tokens in C": native_loop}
     calls = {row: call_of(functions[row], tensors, kwargs, d_o, problem.backward) for row in rows_of(problem)}
     return Group(calls, checker(truth(problem, tensors, kwargs, d_o)), flops=problem.flops())
 
@@ -155,15 +186,35 @@ def test_against_softmax(race, row):
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
 
 
+# A process of its own, as the peak of one's memory never falls: what a forward and backward add to it beside the inputs.
+PEAK = """
+import resource, sys, torch
+from mlcore.ops import linear_attention
+def run(T):
+    q, k, v, d_o = (torch.randn(1, 2, T, 64) for _ in range(4))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    torch.autograd.grad(linear_attention(*leaves), leaves, d_o)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+run(64)
+print(run(int(sys.argv[1])) / 1024)
+"""
+
+
+def peak_megabytes(T: int) -> float:
+    return float(subprocess.run([sys.executable, "-c", PEAK, str(T)], check=True, capture_output=True, text=True).stdout)
+
+
 def make_length_group() -> Group:
-    """One row a length: seconds should double from row to row."""
+    """One row a length: seconds should double from row to row, and so should the memory of a forward and backward."""
     calls, wants = {}, {}
     for T in LENGTHS:
         problem = Problem((1, 2, T, 64))
         tensors, kwargs, d_o = inputs(problem)
         calls[f"mlcore, T = {T}"] = call_of(linear_attention, tensors, kwargs, d_o, False)
         wants[f"mlcore, T = {T}"] = truth(problem, tensors, kwargs, d_o)
-    return Group(calls, lambda row, got: checker(wants[row])(row, got))
+    extra = {f"mlcore, T = {T}": {"peak_megabytes": peak_megabytes(T)} for T in LENGTHS[::2]}
+    return Group(calls, lambda row, got: checker(wants[row])(row, got), extra=extra)
 
 
 @pytest.mark.parametrize("row", [f"mlcore, T = {T}" for T in LENGTHS])

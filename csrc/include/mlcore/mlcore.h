@@ -3,6 +3,7 @@
 #define MLCORE_H_
 
 #include "mlcore/api.h"
+#include "mlcore/aft.h"
 #include "mlcore/attention.h"
 #include "mlcore/causal_conv1d.h"
 #include "mlcore/depthwise_conv.h"

@@ -1,12 +1,14 @@
 """Modules over mlcore.ops, with the signatures and state dicts of torch.nn where one exists there."""
 
 from .alignment import AdditiveAttention, LocationAwareAttention, MonotonicAttention, guided_attention_loss
+from .attention_free import AttentionFree
 from .causal_conv1d import CausalConv1d
 from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d
 from .gathered_attention import ReformerAttention, RoutingAttention, SinkhornAttention
 from .layer_norm import LayerNorm
 from .linear_attention import DeltaNet, GatedLinearAttention, LinearAttention, RandomFeatures, RetentionLayer
 from .linformer_attention import LinformerAttention
+from .mixing import FourierMixing, GatedMLP, MixerBlock, SpatialGatingUnit
 from .multihead_attention import MultiheadAttention
 from .pattern_attention import (
     CrossAttention,
@@ -28,6 +30,7 @@ from .transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "AdditiveAttention",
+    "AttentionFree",
     "CausalConv1d",
     "CrossAttention",
     "DeltaNet",
@@ -35,7 +38,9 @@ __all__ = [
     "DepthwiseConv2d",
     "DepthwiseConv3d",
     "DepthwiseSeparableConv2d",
+    "FourierMixing",
     "GatedLinearAttention",
+    "GatedMLP",
     "GlobalLocalAttention",
     "GraphAttention",
     "LayerNorm",
@@ -45,6 +50,7 @@ __all__ = [
     "LocalAttention",
     "LocationAwareAttention",
     "MinPool2d",
+    "MixerBlock",
     "MonotonicAttention",
     "MultiheadAttention",
     "PatternAttention",
@@ -59,6 +65,7 @@ __all__ = [
     "RoutingAttention",
     "SinkhornAttention",
     "SinusoidalEncoding",
+    "SpatialGatingUnit",
     "StridedAttention",
     "SynthesizerAttention",
     "Transformer",

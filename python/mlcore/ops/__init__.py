@@ -3,6 +3,7 @@
 from ._attention_decode import attention_with_kvcache, rotate
 from ._attention_gathered import gathered_attention
 from ._attention_positions import alibi_slopes, merge_attention, t5_relative
+from .aft import aft
 from .attention import attention, scaled_dot_product_attention
 from .causal_conv1d import causal_conv1d, causal_conv1d_update
 from .depthwise_conv import depthwise_conv1d, depthwise_conv2d, depthwise_conv3d
@@ -15,6 +16,7 @@ from .separable_conv import BatchNorm, PackedSeparable, separable_conv2d
 __all__ = [
     "BatchNorm",
     "PackedSeparable",
+    "aft",
     "alibi_slopes",
     "attention",
     "attention_with_kvcache",
