@@ -14,8 +14,8 @@ from mlcore.kernels.linear_attention import linear_attention_ref
 from mlcore.ops import linear_attention, linear_attention_step
 from mlcore.ops.linear_attention import _bwd, _fwd, _step
 
-CASES = [case for case in testing.cases("linear_attention") if case[1] != torch.float64]  # that one is the truth itself
-KERNELS = [name for name in testing.available("linear_attention") if name != "reference"]
+CASES = [case for case in testing.cases("linear_attention", "cpu") if case[1] != torch.float64]  # that one is the truth itself
+KERNELS = [name for name in testing.available("linear_attention", "cpu") if name != "reference"]
 # (B, H, T, D, Dv)
 SHAPES = [
     (2, 3, 1, 16, 16),
