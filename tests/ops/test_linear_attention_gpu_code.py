@@ -231,6 +231,7 @@ def test_cuda_refuses_what_it_has_no_kernel_for():
     )
 
 
+@pytest.mark.skipif(gpu_code.INTERPRETING, reason="the choice is replaced there")
 def test_a_broken_rule_is_refused_and_explained(monkeypatch):
     """A rule keeps the automatic choice away, an explicit impl raises with its reason, and explain shows it."""
     from mlcore import _backend, explain
