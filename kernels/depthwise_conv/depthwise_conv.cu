@@ -81,9 +81,9 @@ MLC_DEVICE void add_line(const Volume& from, int64_t line, int64_t step, int siz
   }
 }
 
-// y, or with Transposed dx: kOutputs results a thread. 3 blocks: without them the compiler aims at fewer registers and spills.
+// y, or with Transposed dx: kOutputs results a thread.
 template <class T, bool Planar, bool Transposed>
-__global__ void __launch_bounds__(kThreads, 3) depthwise_conv_gather(Conv p) {
+__global__ void __launch_bounds__(kThreads) depthwise_conv_gather(Conv p) {
   const int D = static_cast<int>(p.to.size[0]), H = static_cast<int>(p.to.size[1]), W = static_cast<int>(p.to.size[2]);
   const int groups = (W + kOutputs - 1) / kOutputs;
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;

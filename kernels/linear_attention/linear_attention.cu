@@ -61,7 +61,7 @@ MLC_DEVICE float sum_of_rows(float v, float (&sums)[kRows][kColumns]) {
 }
 
 // One head a blockIdx.x; blocks along y share its columns, of which the last is the denominators' with normalize.
-__global__ void __launch_bounds__(kColumns* kRows, 4) linear_attention_step(LinearAttentionStep p) {
+__global__ void __launch_bounds__(kColumns* kRows) linear_attention_step(LinearAttentionStep p) {
   MLC_DYNAMIC_SMEM(float, lines);
   __shared__ float scratch[32], sums[kRows][kColumns];
   const int D = static_cast<int>(p.D), thread = threadIdx.x + threadIdx.y * kColumns;
