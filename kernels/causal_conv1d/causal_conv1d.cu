@@ -8,25 +8,6 @@ namespace {
 
 constexpr const char* kOp = "causal_conv1d";
 
-template <class Body>
-void with_type(Dtype dtype, Body&& body) {
-  switch (dtype) {
-    case Dtype::bf16: return body(bf16{});
-    case Dtype::f16: return body(f16{});
-    default: return body(float{});
-  }
-}
-
-int checked_int(const char* name, int64_t n) {
-  require(n <= INT_MAX / 4, kOp, ": ", name, " is ", n, "; the CUDA kernels take at most ", INT_MAX / 4);
-  return static_cast<int>(n);
-}
-dim3 grid_of(int64_t blocks) {
-  require(blocks <= INT_MAX, kOp, ": x has too many elements for one launch");
-  return dim3(static_cast<unsigned>(blocks));
-}
-dim3 grid_for(int64_t elements) { return grid_of((elements + kThreads - 1) / kThreads); }
-
 Signal signal_of(const Tensor& t) { return t.present() ? Signal{t.raw(), t.stride(0), t.stride(1), t.stride(2)} : Signal{}; }
 
 struct Parameters {
@@ -40,8 +21,8 @@ Parameters parameters(const Tensor& weight, const Tensor& bias, int64_t channels
   weight.shape_is({channels, weight.size(1)}, "(C, w)");
   if (bias.present()) bias.on(kDLCUDA).dtype_in({Dtype::f32}).shape_is({channels}, "(C)").contiguous();
   require(activation >= 0 && activation <= 2, kOp, ": activation must be 0, 1 or 2; got ", activation);
-  return {weight.data<float>(), bias.present() ? bias.data<float>() : nullptr, checked_int("C", channels),
-          checked_int("width", weight.size(1)), static_cast<Activation>(activation)};
+  return {weight.data<float>(), bias.present() ? bias.data<float>() : nullptr, checked_int(kOp, "C", channels),
+          checked_int(kOp, "width", weight.size(1)), static_cast<Activation>(activation)};
 }
 
 struct Problem {
@@ -56,7 +37,7 @@ struct Problem {
     dtype = x.dtype(), device = x_->device.device_id;
     const Parameters given = parameters(weight, bias, x.size(1), activation);
     p.weight = given.weight, p.bias = given.bias, p.C = given.C, p.width = given.width, p.activation = given.activation;
-    p.B = x.size(0), p.T = checked_int("T", x.size(2)), p.N = p.B;
+    p.B = x.size(0), p.T = checked_int(kOp, "T", x.size(2)), p.N = p.B;
     in_time = p.T <= 1 ? x.stride(1) != 1 : x.stride(2) == 1;
     p.packed = true;
     p.x = signal(x, "x");
@@ -130,11 +111,12 @@ void fwd(const DLTensor* x_, const DLTensor* weight_, const DLTensor* bias_, con
     problem.with_variant([&](auto t, auto in_time, auto cuts) {
       using T = decltype(t);
       const int threads = problem.cut_tiles<Layout<T, in_time>>();
-      MLC_LAUNCH((causal_conv1d_fwd<T, in_time, cuts>), grid_of(p.B * p.row_tiles * p.groups), dim3(threads), 0, stream, p);
+      MLC_LAUNCH((causal_conv1d_fwd<T, in_time, cuts>), grid_of(kOp, p.B * p.row_tiles * p.groups), dim3(threads), 0, stream,
+                 p);
     });
   if (final.present() && final.numel() > 0)
     with_type(problem.dtype, [&](auto t) {
-      MLC_LAUNCH(causal_conv1d_final<decltype(t)>, grid_for(final.numel()), dim3(kThreads), 0, stream, p);
+      MLC_LAUNCH(causal_conv1d_final<decltype(t)>, grid_of(kOp, final.numel(), kThreads), dim3(kThreads), 0, stream, p);
     });
 }
 
@@ -157,7 +139,7 @@ void bwd(const DLTensor* dy_, const DLTensor* dfinal_, const DLTensor* x_, const
         .dtype_in({Dtype::f32})
         .shape_is({parts, p.width + 1, p.C}, "(min(max(ceil(B*T/512), 1), 16), w+1, C)")
         .contiguous();
-    p.dweight = dweight.data<float>(), p.dbias = dbias.data<float>(), p.partial = partial.data<float>();
+    p.partial = partial.data<float>();
   }
   if (p.C == 0) return;
   const DeviceGuard device(problem.device);
@@ -166,13 +148,14 @@ void bwd(const DLTensor* dy_, const DLTensor* dfinal_, const DLTensor* x_, const
       using T = decltype(t);
       const int threads = problem.cut_tiles<Layout<T, in_time, true>>();
       p.blocks = p.partial != nullptr ? parts : p.B * p.row_tiles;
-      MLC_LAUNCH((causal_conv1d_bwd<T, in_time, cuts>), grid_of(p.blocks * p.groups), dim3(threads), 0, stream, p);
+      MLC_LAUNCH((causal_conv1d_bwd<T, in_time, cuts>), grid_of(kOp, p.blocks * p.groups), dim3(threads), 0, stream, p);
     });
   if (p.partial != nullptr)
-    MLC_LAUNCH(causal_conv1d_reduce, grid_for(int64_t{p.C} * (p.width + 1)), dim3(kThreads), 0, stream, p);
+    launch_sum_taps(kOp, p.partial, p.blocks, p.width, p.C, dweight.data<float>(), dbias.data<float>(), stream);
   if (dinitial.present() && dinitial.numel() > 0)
-    with_type(problem.dtype,
-              [&](auto t) { MLC_LAUNCH(causal_conv1d_dinitial<decltype(t)>, grid_of(p.N * p.C), dim3(32), 0, stream, p); });
+    with_type(problem.dtype, [&](auto t) {
+      MLC_LAUNCH(causal_conv1d_dinitial<decltype(t)>, grid_of(kOp, p.N * p.C), dim3(32), 0, stream, p);
+    });
 }
 
 void update(const DLTensor* x_, DLTensor* state_, const DLTensor* weight_, const DLTensor* bias_, const DLTensor* position_,
@@ -183,10 +166,10 @@ void update(const DLTensor* x_, DLTensor* state_, const DLTensor* weight_, const
   const Parameters given = parameters(weight, bias, x.size(1), activation);
   Update p{};
   p.weight = given.weight, p.bias = given.bias, p.C = given.C, p.width = given.width, p.activation = given.activation;
-  p.B = x.size(0), p.T = checked_int("T", x.size(2));
+  p.B = x.size(0), p.T = checked_int(kOp, "T", x.size(2));
   y.on(kDLCUDA).dtype_in({x.dtype()}).shape_is({p.B, p.C, p.T}, "(B, C, T)");
   state.on(kDLCUDA).dtype_in({x.dtype()}).rank_is(3, "(slots, C, S)");
-  p.S = checked_int("S", state.size(2)), p.rows = state.size(0);
+  p.S = checked_int(kOp, "S", state.size(2)), p.rows = state.size(0);
   state.shape_is({slots.present() ? p.rows : p.B, p.C, p.S}, "(slots, C, S)");
   require(p.S >= p.width - 1 && p.S >= 1, kOp, ": state must hold at least w-1 = ", p.width - 1, " inputs, and one; got ", p.S);
   for (const Tensor* t : {&position, &slots})
@@ -196,8 +179,9 @@ void update(const DLTensor* x_, DLTensor* state_, const DLTensor* weight_, const
   p.x = signal_of(x), p.y = signal_of(y), p.state = signal_of(state);
   if (p.B * p.C == 0) return;
   const DeviceGuard device(x_->device.device_id);
-  with_type(x.dtype(),
-            [&](auto t) { MLC_LAUNCH(causal_conv1d_update<decltype(t)>, grid_for(p.B * p.C), dim3(kThreads), 0, stream, p); });
+  with_type(x.dtype(), [&](auto t) {
+    MLC_LAUNCH(causal_conv1d_update<decltype(t)>, grid_of(kOp, p.B * p.C, kThreads), dim3(kThreads), 0, stream, p);
+  });
 }
 
 }  // namespace

@@ -5,8 +5,7 @@
 #include <climits>
 
 #include "causal_conv1d/causal_conv1d_kernels.h"
-#include "cuda/launch.h"
-#include "cuda/types.h"
+#include "cuda/conv.cuh"
 
 namespace mlcore::cuda {
 namespace {
@@ -17,7 +16,7 @@ constexpr int kNoHistory = INT_MAX, kPadding = -2;
 struct Conv {
   Signal x, y, initial, final, dy, dx, dfinal, dinitial;
   const float *weight, *bias;  // (C, w), (C)
-  float *partial, *dweight, *dbias;
+  float* partial;
   const int32_t *ids, *cu;
   int64_t B, N, blocks, row_tiles, groups;  // blocks of tiles, tiles a row, channel groups
   int C, T, width;
@@ -423,19 +422,6 @@ __global__ void __launch_bounds__(kThreads) causal_conv1d_bwd(Conv p) {
       for (int k = 0; k < p.width; ++k) add_partial<L>(p, block, k, c + n, true, 0.0f, scratch);
     }
   }
-}
-
-// dweight (C, w) and dbias (C) from partial (P, w+1, C): one element a thread.
-__global__ void __launch_bounds__(kThreads) causal_conv1d_reduce(Conv p) {
-  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x, each = int64_t{p.width + 1} * p.C;
-  if (index >= each) return;
-  float total = 0.0f;
-  for (int64_t block = 0; block < p.blocks; ++block) total += p.partial[block * each + index];
-  const int64_t k = index / p.C, c = index % p.C;
-  if (k < p.width)
-    p.dweight[c * p.width + k] = total;
-  else
-    p.dbias[c] = total;
 }
 
 }  // namespace

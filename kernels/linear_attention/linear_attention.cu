@@ -1,5 +1,5 @@
-// The CUDA kernel of linear_attention's step and its launcher; the equations are in linear_attention.h. Longer sequences are
-// Triton's. The same text runs on the CPU in tests/native.
+// The CUDA kernels of linear_attention's step and of short sequences, forward alone, and their launchers; the equations are in
+// linear_attention.h. Both are the recurrence itself. The same text runs on the CPU in tests/native.
 #include <climits>
 
 #include "cuda/launch.h"
@@ -106,7 +106,150 @@ __global__ void __launch_bounds__(kColumns* kRows) linear_attention_step(LinearA
   }
 }
 
-Tokens tokens(const Tensor& t) { return {t.raw(), t.stride(0), t.stride(1), 0, t.dtype()}; }
+// Lines of token t for a head: phi(q) and phi(k), where wanted, and the decay. All threads of the block must call.
+MLC_DEVICE void load_lines(const LinearAttentionProblem& p, int64_t b, int64_t h, int64_t t, bool read, bool write, float* q,
+                           float* k, float* keep, float* scratch) {
+  const int D = static_cast<int>(p.D);
+  __syncthreads();  // the last token's lines have been read
+  for (int d = threadIdx.x + threadIdx.y * kColumns; d < D; d += kColumns * kRows) {
+    if (read) q[d] = value(p.q, b * p.q.sb + h * p.q.sh + t * p.q.st + d);
+    if (!write) continue;
+    k[d] = value(p.k, b * p.k.sb + h * p.k.sh + t * p.k.st + d);
+    const int64_t gate = b * p.gate.sb + h * p.gate.sh + t * p.gate.st + (p.gated == Gate::vector ? d : 0);
+    keep[d] = p.gated == Gate::none ? 1.0f : expf(value(p.gate, gate));
+  }
+  if (read) map_features(p.map, q, D, scratch);
+  if (write) map_features(p.map, k, D, scratch);
+  __syncthreads();
+}
+
+// A whole sequence of one head a blockIdx.x, token by token; kColumns columns of the values a blockIdx.y, whose part of the
+// state is in shared memory, as is that of the denominators.
+__global__ void __launch_bounds__(kColumns* kRows) linear_attention_short(LinearAttentionProblem p) {
+  MLC_DYNAMIC_SMEM(float, state);  // (D, kColumns), then lines of D
+  __shared__ float scratch[32], sums[kRows][kColumns];
+  const int D = static_cast<int>(p.D), thread = threadIdx.x + threadIdx.y * kColumns;
+  float *z = state + D * kColumns, *q = z + D, *k = q + D, *keep = k + D;
+  const int64_t item = blockIdx.x, n = item / p.H, h = item % p.H, width = p.Dv + p.normalize;
+  const int64_t c = int64_t{blockIdx.y} * kColumns + threadIdx.x, b = p.cu_seqlens ? 0 : n;
+  const bool live = c < p.Dv;
+  int64_t begin = 0, q_end = p.Tq, k_end = p.Tk;
+  if (p.cu_seqlens) {
+    begin = min(max(p.cu_seqlens[n], int64_t{0}), p.Tq);
+    q_end = k_end = min(max(p.cu_seqlens[n + 1], begin), p.Tq);
+  }
+  const float* from = p.initial_state ? p.initial_state + item * p.D * width : nullptr;  // (D, width)
+  for (int d = threadIdx.y; d < D; d += kRows) state[d * kColumns + threadIdx.x] = from && live ? from[d * width + c] : 0.0f;
+  for (int d = thread; d < D; d += kColumns * kRows) z[d] = from && p.normalize ? from[d * width + p.Dv] : 0.0f;
+
+  // out[t] = phi(q[t]) S, divided by phi(q[t]) z; S is updated with token t before where `write` is set.
+  const auto pass = [&](int64_t t, bool read, bool write) {
+    load_lines(p, b, h, t, read, write, q, k, keep, scratch);
+    float u = live && write ? value(p.v, b * p.v.sb + h * p.v.sh + t * p.v.st + c) : 0.0f;
+    if (write && p.delta_rule) {
+      float seen = 0.0f;
+      for (int d = threadIdx.y; d < D; d += kRows) seen += k[d] * (keep[d] * state[d * kColumns + threadIdx.x]);
+      u = value(p.beta, b * p.beta.sb + h * p.beta.sh + t * p.beta.st) * (u - sum_of_rows(seen, sums));
+    }
+    float out = 0.0f, den = 0.0f;
+    for (int d = threadIdx.y; d < D; d += kRows) {
+      float& s = state[d * kColumns + threadIdx.x];
+      if (write) s = keep[d] * s + k[d] * u;
+      if (read) out += q[d] * s;
+    }
+    for (int d = thread; p.normalize && d < D; d += kColumns * kRows) {
+      if (write) z[d] = keep[d] * z[d] + k[d];
+      if (read) den += q[d] * z[d];
+    }
+    if (!read) return;
+    out = sum_of_rows(out, sums);
+    if (p.normalize) {
+      den = block_sum(den, scratch);
+      out = den == 0.0f ? 0.0f : out / den;
+      if (thread == 0 && blockIdx.y == 0) p.den[(b * p.H + h) * p.Tq + t] = den;
+    }
+    if (live && threadIdx.y == 0) set(p.o, b * p.o.sb + h * p.o.sh + t * p.o.st + c, out);
+  };
+  for (int64_t t = begin; t < k_end; ++t) pass(t, p.causal, true);
+  for (int64_t t = begin; !p.causal && t < q_end; ++t) pass(t, true, false);
+
+  __syncthreads();
+  float* to = p.final_state + item * p.D * width;  // (D, width)
+  for (int d = threadIdx.y; live && d < D; d += kRows) to[d * width + c] = state[d * kColumns + threadIdx.x];
+  if (p.normalize && blockIdx.y == 0)
+    for (int d = thread; d < D; d += kColumns * kRows) to[d * width + p.Dv] = z[d];
+}
+
+Tokens tokens(const Tensor& t) { return {t.raw(), t.stride(0), t.stride(1), t.rank() > 2 ? t.stride(2) : 0, t.dtype()}; }
+
+constexpr int64_t kMaxShortHeadDim = 512;  // 73 KB of shared memory
+
+void fwd(const DLTensor* q_, const DLTensor* k_, const DLTensor* v_, const DLTensor* gate_, const DLTensor* beta_,
+         const DLTensor* initial_, const DLTensor* cu_, int64_t feature_map, int64_t normalize, int64_t causal, DLTensor* o_,
+         DLTensor* den_, DLTensor* final_, DLTensor* states_, void* stream) {
+  const Tensor q(q_, kOp, "q"), k(k_, kOp, "k"), v(v_, kOp, "v"), gate(gate_, kOp, "gate"), beta(beta_, kOp, "beta"),
+      initial(initial_, kOp, "initial_state"), cu(cu_, kOp, "cu_seqlens"), o(o_, kOp, "o"), den(den_, kOp, "den"),
+      final(final_, kOp, "final_state"), states(states_, kOp, "states");
+  q.on(kDLCUDA).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16}).rank_is(4, "(B, H, Tq, D)").last_dim_contiguous();
+  LinearAttentionProblem p{};
+  p.B = q.size(0), p.H = q.size(1), p.Tq = q.size(2), p.D = q.size(3);
+  p.causal = causal != 0, p.normalize = normalize != 0;
+  k.on(kDLCUDA).dtype_in({q.dtype()}).rank_is(4, "(B, H, Tk, D)").last_dim_contiguous();
+  p.Tk = k.size(2);
+  k.shape_is({p.B, p.H, p.Tk, p.D}, "(B, H, Tk, D)");
+  require(!p.causal || p.Tk == p.Tq, kOp, ": causal attention needs as many keys as queries; got ", p.Tk, " and ", p.Tq);
+  v.on(kDLCUDA).dtype_in({q.dtype()}).rank_is(4, "(B, H, Tk, Dv)").last_dim_contiguous();
+  p.Dv = v.size(3);
+  v.shape_is({p.B, p.H, p.Tk, p.Dv}, "(B, H, Tk, Dv)");
+  o.on(kDLCUDA).dtype_in({q.dtype()}).shape_is({p.B, p.H, p.Tq, p.Dv}, "(B, H, Tq, Dv)").last_dim_contiguous();
+  require(p.D >= 1 && p.Dv >= 1, kOp, ": head dims must be at least 1; got D ", p.D, ", Dv ", p.Dv);
+  require(p.D <= kMaxShortHeadDim, kOp, ": head dim D is ", p.D, "; the CUDA kernel takes at most ", kMaxShortHeadDim);
+  require(!states.present(), kOp, ": the CUDA kernels keep no states for a backward pass");
+  require(feature_map >= 0 && feature_map <= 3, kOp, ": feature_map must be 0 to 3; got ", feature_map);
+  p.map = static_cast<FeatureMap>(feature_map);
+  p.q = tokens(q), p.k = tokens(k), p.v = tokens(v), p.o = tokens(o);
+  require(p.causal || (!gate.present() && !beta.present()), kOp, ": gate and beta need causal attention");
+  if (gate.present()) {
+    gate.on(kDLCUDA).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16});
+    p.gated = gate.rank() == 3 ? Gate::scalar : Gate::vector;
+    if (gate.rank() == 3)
+      gate.shape_is({p.B, p.H, p.Tq}, "(B, H, T)");
+    else
+      gate.shape_is({p.B, p.H, p.Tq, p.D}, "(B, H, T) or (B, H, T, D)").last_dim_contiguous();
+    p.gate = tokens(gate);
+  }
+  if (beta.present()) {
+    require(!p.normalize, kOp, ": beta needs normalize = 0");
+    beta.on(kDLCUDA).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16}).shape_is({p.B, p.H, p.Tq}, "(B, H, T)");
+    p.beta = tokens(beta), p.delta_rule = true;
+  }
+  p.sequences = p.B;
+  if (cu.present()) {
+    require(p.B == 1 && p.Tk == p.Tq, kOp, ": cu_seqlens needs a batch of 1 and as many keys as queries");
+    cu.on(kDLCUDA).dtype_in({Dtype::i64}).rank_is(1, "(N + 1)").contiguous();
+    require(cu.numel() >= 1, kOp, ": cu_seqlens must have at least one element");
+    p.sequences = cu.numel() - 1, p.cu_seqlens = cu.data<int64_t>();
+  }
+  require(den.present() == p.normalize, kOp, ": den goes with normalize");
+  if (p.normalize) {
+    den.on(kDLCUDA).dtype_in({Dtype::f32}).shape_is({p.B, p.H, p.Tq}, "(B, H, Tq)").contiguous();
+    p.den = den.data<float>();
+  }
+  for (const Tensor* t : {&initial, &final})
+    if (t == &final || t->present())
+      t->on(kDLCUDA)
+          .dtype_in({Dtype::f32})
+          .shape_is({p.sequences, p.H, p.D, p.state_cols()}, "(N, H, D, Dv + normalize)")
+          .contiguous();
+  p.initial_state = initial.present() ? initial.data<float>() : nullptr, p.final_state = final.data<float>();
+  const int64_t items = p.sequences * p.H, groups = (p.Dv + kColumns - 1) / kColumns;
+  if (items == 0) return;
+  require(items <= INT_MAX && groups <= 65535, kOp, ": too many heads or columns for one launch");
+  const DeviceGuard device(q_->device.device_id);
+  const dim3 grid(static_cast<unsigned>(items), static_cast<unsigned>(groups));
+  MLC_LAUNCH(linear_attention_short, grid, dim3(kColumns, kRows), static_cast<size_t>(p.D * (kColumns + 4)) * sizeof(float),
+             stream, p);
+}
 
 void step(const DLTensor* q_, const DLTensor* k_, const DLTensor* v_, const DLTensor* gate_, const DLTensor* beta_,
           const DLTensor* state_, int64_t feature_map, int64_t normalize, DLTensor* o_, DLTensor* new_state_, void* stream) {
@@ -154,6 +297,16 @@ void step(const DLTensor* q_, const DLTensor* k_, const DLTensor* v_, const DLTe
 
 }  // namespace
 }  // namespace mlcore::cuda
+
+MLC_API int mlc_cuda_linear_attention_fwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* gate,
+                                          const DLTensor* beta, const DLTensor* initial_state, const DLTensor* cu_seqlens,
+                                          int64_t feature_map, int64_t normalize, int64_t causal, int64_t /*span*/, DLTensor* o,
+                                          DLTensor* den, DLTensor* final_state, DLTensor* states, void* stream) {
+  return mlcore::guard([&] {
+    mlcore::cuda::fwd(q, k, v, gate, beta, initial_state, cu_seqlens, feature_map, normalize, causal, o, den, final_state,
+                      states, stream);
+  });
+}
 
 MLC_API int mlc_cuda_linear_attention_step(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* gate,
                                            const DLTensor* beta, const DLTensor* state, int64_t feature_map, int64_t normalize,

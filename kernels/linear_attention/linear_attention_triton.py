@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .linear_attention_chunk_triton import (
+from .linear_attention_triton_chunk import (
     bounds,
     divide_gradient,
     load_gate,
@@ -25,7 +25,7 @@ from .linear_attention_chunk_triton import (
     solve,
     solve_transposed,
 )
-from .linear_attention_full_triton import full_bwd_kernel, full_kernel
+from .linear_attention_triton_full import full_bwd_kernel, full_kernel
 
 NO_GATE = 0  # else 1, scalar, or 2, vector
 
@@ -317,11 +317,12 @@ def _shape(q, v, gate, beta, state_tiles: int) -> dict[str, object]:
     width = _block(q.shape[3])
     small = beta is not None or (gate is not None and gate.dim() == 4)
     return {
-        "BT": 16 if small else 64 if width <= 64 else 32,
+        "BT": 16 if small else max(16, 4096 // max(width, 64)),
         "BD": width,
         "BV": min(_block(v.shape[3]), max(16, 8192 // state_tiles // width)),
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
         "num_warps": 4 if width <= 64 else 8,
+        "num_stages": 1,  # operands of later chunks would not fit beside these into shared memory
     }
 
 
@@ -444,11 +445,12 @@ def compile_specs() -> list[tuple]:
                 return "*i64"
             return f"*{dtype}" if name in ("q", "k", "v", "gate", "beta", "o", "do", "dv", "x", "out") else "i32"
 
-        return kernel, {name: type_of(name) for name in kernel.arg_names}, constexprs, {"num_warps": warps}
+        return kernel, {name: type_of(name) for name in kernel.arg_names}, constexprs, {"num_warps": warps, "num_stages": 1}
 
     tile = {"PRECISION": "tf32", "BT": 64, "BD": 64, "BV": 64}
+    tile32 = tile | {"PRECISION": "tf32x3", "dbeta": None}
     small = {"PRECISION": "tf32x3", "BT": 16, "BD": 64, "BV": 64}
-    wide_heads = {"PRECISION": "tf32x3", "BT": 32, "BD": 256, "warps": 8}
+    wide_heads = {"PRECISION": "tf32x3", "BT": 16, "BD": 256, "warps": 8}
     return [
         spec(fwd_kernel, "fp32", MAP=0, GATE=1, DELTA=False, NORMALIZE=True, beta=None, BV=32, **wide_heads),
         spec(
@@ -466,7 +468,7 @@ def compile_specs() -> list[tuple]:
         ),
         spec(fwd_kernel, "bf16", MAP=1, GATE=0, DELTA=False, NORMALIZE=True, gate=None, beta=None, cu=None, **tile),
         spec(fwd_kernel, "fp32", MAP=0, GATE=2, DELTA=True, NORMALIZE=False, den=None, **small),
-        spec(bwd_kernel, "bf16", MAP=1, GATE=1, DELTA=False, NORMALIZE=True, CHUNKS=8, beta=None, dbeta=None, cu=None, **tile),
+        spec(bwd_kernel, "fp32", MAP=1, GATE=1, DELTA=False, NORMALIZE=True, CHUNKS=8, beta=None, cu=None, **tile32),
         spec(bwd_kernel, "fp32", MAP=0, GATE=2, DELTA=True, NORMALIZE=False, CHUNKS=32, den=None, **small),
         spec(full_kernel, "bf16", MAP=3, NORMALIZE=True, **tile),
         spec(full_bwd_kernel, "bf16", MAP=3, NORMALIZE=True, **tile),

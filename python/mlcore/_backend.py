@@ -24,8 +24,9 @@ SUPPORT: dict[str, dict[str, frozenset[torch.dtype]]] = {}
 for _op, _pass, _backend, _dtypes in _C.table():
     SUPPORT.setdefault(_op, {})[_backend] = frozenset(getattr(torch, d) for d in _dtypes.split())
 
-#: (op, backend) -> a rule over the call's main tensor: None where its kernels can serve it, else the reason. Set by op files.
-RULES: dict[tuple[str, str], Callable[[torch.Tensor], str | None]] = {}
+#: (op, backend) -> a rule over the call's main tensor and whether gradients are recorded: None where its kernels can serve the
+#: call, else the reason. Set by op files.
+RULES: dict[tuple[str, str], Callable[[torch.Tensor, bool], str | None]] = {}
 
 
 @functools.cache
@@ -77,27 +78,27 @@ def refusal(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
     return None
 
 
-def choose(op: str, impl: str | None, tensor: torch.Tensor) -> str:
+def choose(op: str, impl: str | None, tensor: torch.Tensor, grad: bool = False) -> str:
     """The backend for a call whose main tensor is `tensor`. An explicit impl is taken or refused, never replaced."""
     if impl is not None:
         if impl not in BACKENDS:
             raise ValueError(f"{op}: impl must be one of {', '.join(BACKENDS)} or None; got {impl!r}")
-        reason = _explicit(op, impl, tensor.device.type, tensor.dtype) or broken_rule(op, impl, tensor)
+        reason = _explicit(op, impl, tensor.device.type, tensor.dtype) or broken_rule(op, impl, tensor, grad)
         if reason is not None:
             raise ValueError(f"{op}: impl={impl!r} can't serve this call: {reason}")
         return impl
     found = _automatic(op, tensor.device.type, tensor.dtype)
-    if (op, found) in RULES and broken_rule(op, found, tensor) is not None:
+    if (op, found) in RULES and broken_rule(op, found, tensor, grad) is not None:
         found = _next(op, found, tensor.device.type, tensor.dtype)
-        if broken_rule(op, found, tensor) is not None:
+        if broken_rule(op, found, tensor, grad) is not None:
             found = "reference"
     return found
 
 
-def broken_rule(op: str, backend: str, tensor: torch.Tensor) -> str | None:
+def broken_rule(op: str, backend: str, tensor: torch.Tensor, grad: bool = False) -> str | None:
     """Why the backend's kernels can't serve a call with this main tensor, whose device and dtype they take; or None."""
     rule = RULES.get((op, backend))
-    return None if rule is None else rule(tensor)
+    return None if rule is None else rule(tensor, grad)
 
 
 @torch.compiler.assume_constant_result
@@ -166,11 +167,11 @@ def explain(op: str, *tensors: torch.Tensor, impl: str | None = None, pattern=No
     if pattern is not None and (op != "attention" or len(tensors) < 2):
         raise ValueError(f"explain: pattern needs op 'attention' and tensors q, k; got {op!r} and {len(tensors)} tensors")
     main = tensors[0]
-    chosen = choose(op, impl, main)
+    chosen = choose(op, impl, main, main.requires_grad)
     reasons = {}
     for backend in BACKENDS:
         if backend != chosen:
-            reason = refusal(op, backend, main.device, main.dtype) or broken_rule(op, backend, main)
+            reason = refusal(op, backend, main.device, main.dtype) or broken_rule(op, backend, main, main.requires_grad)
             reasons[backend] = reason or f"usable with impl={backend!r}"
     note = "" if pattern is None else importlib.import_module("mlcore.ops._attention_schedule").describe(pattern, *tensors[:2])
     return Explanation(op, chosen, reasons, note)

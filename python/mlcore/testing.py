@@ -217,8 +217,11 @@ def make_input(
 _ISAS = ("scalar", "avx2", "avx512")
 
 
-def available(op: str) -> list[str]:
-    """The implementations of op that this machine can run: "cpu[scalar]", "cpu[avx2]", ..., "cuda", "triton", "reference"."""
+def available(op: str, device: str | None = None) -> list[str]:
+    """The implementations of op that this machine can run: "cpu[scalar]", "cpu[avx2]", ..., "cuda", "triton", "reference".
+
+    device: only those for tensors on such a device ("cpu", "cuda").
+    """
     names = []
     for backend in BACKENDS:
         if backend == "reference":
@@ -226,7 +229,7 @@ def available(op: str) -> list[str]:
         elif backend in SUPPORT[op] and unusable(backend) is None:
             levels = _ISAS[: _ISAS.index(_C.best_isa()) + 1]
             names += [f"cpu[{isa}]" for isa in levels] if backend == "cpu" else [backend]
-    return names
+    return [name for name in names if device in (None, device_of(name).type)]
 
 
 def dtypes_of(op: str, name: str) -> list[torch.dtype]:
@@ -239,9 +242,9 @@ def dtypes_of(op: str, name: str) -> list[torch.dtype]:
     return [d for d in order if d in served]
 
 
-def cases(op: str) -> list[tuple[str, torch.dtype]]:
-    """Every (implementation, dtype) of op here: the first axis of a test matrix."""
-    return [(name, dtype) for name in available(op) for dtype in dtypes_of(op, name)]
+def cases(op: str, device: str | None = None) -> list[tuple[str, torch.dtype]]:
+    """Every (implementation, dtype) of op here, for tensors on `device`: the first axis of a test matrix."""
+    return [(name, dtype) for name in available(op, device) for dtype in dtypes_of(op, name)]
 
 
 def device_of(name: str) -> torch.device:

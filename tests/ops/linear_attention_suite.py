@@ -9,7 +9,7 @@ from mlcore import testing
 from mlcore.kernels.linear_attention import linear_attention_ref
 from mlcore.ops import linear_attention
 
-KERNELS = [name for name in testing.available("linear_attention") if name != "reference"]
+KERNELS = [name for name in testing.available("linear_attention", "cpu") if name != "reference"]
 # (B, H, T, D, Dv)
 SHAPES = [
     (2, 3, 1, 16, 16),

@@ -15,8 +15,8 @@ from mlcore import _C, testing
 from mlcore.ops import causal_conv1d, causal_conv1d_update
 from mlcore.ops.causal_conv1d import _bwd, _fwd, _update
 
-CASES = [case for case in testing.cases("causal_conv1d") if case[1] != torch.float64]
-KERNELS = [name for name in testing.available("causal_conv1d") if name != "reference"]
+CASES = [case for case in testing.cases("causal_conv1d", "cpu") if case[1] != torch.float64]
+KERNELS = [name for name in testing.available("causal_conv1d", "cpu") if name != "reference"]
 F32, BF16 = torch.float32, torch.bfloat16
 # (B, C, T, width)
 SHAPES = [(1, 1, 1, 1), (2, 3, 1, 4), (3, 5, 2, 7), (2, 17, 33, 4), (1, 7, 2300, 3), (1, 300, 67, 5), (1, 2, 4500, 130)]
@@ -104,7 +104,7 @@ def test_y_lies_as_x(layout):
     assert torch.autograd.grad(y.sum(), x)[0].stride() == x.stride()
 
 
-@pytest.mark.parametrize("name", testing.available("causal_conv1d"))
+@pytest.mark.parametrize("name", testing.available("causal_conv1d", "cpu"))
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("width", [1, 4, 9])
 def test_packed_sequences_are_sequences(name, layout, width):
@@ -128,7 +128,7 @@ def test_packed_sequences_are_sequences(name, layout, width):
     check(name, inputs, want=alone, activation="silu", cu_seqlens=cu)
 
 
-@pytest.mark.parametrize("name", testing.available("causal_conv1d"))
+@pytest.mark.parametrize("name", testing.available("causal_conv1d", "cpu"))
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_seq_idx_cuts(name, layout):
     """Runs don't see each other; the first has the initial state, the last the final one, negative ones are padding."""
@@ -184,7 +184,7 @@ def test_chunks_are_the_whole(data):
     assert torch.equal(state, last)
 
 
-@pytest.mark.parametrize("name", testing.available("causal_conv1d"))
+@pytest.mark.parametrize("name", testing.available("causal_conv1d", "cpu"))
 @pytest.mark.parametrize("ring", [False, True])
 @pytest.mark.parametrize("T", [1, 3, 9])
 def test_update_continues(name, ring, T):
@@ -204,7 +204,7 @@ def test_update_continues(name, ring, T):
     assert torch.equal(state, F.pad(x, (S, 0))[:, :, -S:])
 
 
-@pytest.mark.parametrize("name", testing.available("causal_conv1d"))
+@pytest.mark.parametrize("name", testing.available("causal_conv1d", "cpu"))
 def test_update_of_slots(name):
     state = torch.randn(6, 4, 3)
     before, slots = state.clone(), torch.tensor([4, -1, 0])

@@ -74,18 +74,7 @@ def test_interpreted_runs_of_packed_sequences():
 
 
 def test_interpreted_runs_do_not_leak():
-    """NaN in one run, or in padding, stays there, forward and backward."""
-    x = torch.randn(1, 4, 40)
-    ids = torch.zeros(1, 40, dtype=torch.int32)
-    ids[:, 10:20], ids[:, 20:] = -1, 1
-    x[:, :, 10:20] = float("nan")
-    x.requires_grad_()
-    weight = torch.randn(4, 5, requires_grad=True)
-    y = causal_conv1d(x, weight, seq_idx=ids, activation="silu", impl=BACKEND)
-    dx, dweight = torch.autograd.grad(y.sum(), (x, weight))
-    for t in (y, dx, dweight):
-        assert t.isfinite().all()
-    assert y[:, :, 10:20].eq(0).all() and dx[:, :, 10:20].eq(0).all()
+    suite.test_runs_do_not_leak()
 
 
 @pytest.mark.parametrize("ring", [False, True])
@@ -106,15 +95,7 @@ def test_interpreted_update_of_slots():
 
 @pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5), (2, 3, 0)])
 def test_interpreted_empty(shape):
-    x = torch.randn(shape, requires_grad=True)
-    weight = torch.randn(shape[1], 4, requires_grad=True)
-    initial = torch.randn(shape[0], shape[1], 3)
-    y, final = causal_conv1d(x, weight, initial_states=initial, return_final_states=True, impl=BACKEND)
-    assert y.shape == shape
-    dx, dweight = torch.autograd.grad(y.sum(), (x, weight))
-    assert dx.shape == shape and dweight.eq(0).all()
-    if shape[2] == 0:
-        assert torch.equal(final, initial)
+    suite.test_empty(shape)
 
 
 @pytest.mark.skipif(gpu_code.INTERPRETING, reason="this is the process that it starts")

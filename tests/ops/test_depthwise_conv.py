@@ -15,8 +15,8 @@ from mlcore import _C, testing
 from mlcore.ops import depthwise_conv1d, depthwise_conv2d, depthwise_conv3d
 from mlcore.ops.depthwise_conv import _bwd, _fwd
 
-CASES = [case for case in testing.cases("depthwise_conv") if case[1] != torch.float64]
-KERNELS = [name for name in testing.available("depthwise_conv") if name != "reference"]
+CASES = [case for case in testing.cases("depthwise_conv", "cpu") if case[1] != torch.float64]
+KERNELS = [name for name in testing.available("depthwise_conv", "cpu") if name != "reference"]
 OURS = {1: depthwise_conv1d, 2: depthwise_conv2d, 3: depthwise_conv3d}
 TORCH = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 F32, BF16 = torch.float32, torch.bfloat16
@@ -114,7 +114,7 @@ def test_any_problem(data):
     check("cpu", problem, make(problem, layout=data.draw(st.sampled_from(["contiguous", "channels_last"]))))
 
 
-@pytest.mark.parametrize("name", testing.available("depthwise_conv"))
+@pytest.mark.parametrize("name", testing.available("depthwise_conv", "cpu"))
 def test_paddings(name):
     problem = ((2, 5, 11, 12), 1, (4, 3), 1, 0, (2, 1))
     inputs = make(problem)

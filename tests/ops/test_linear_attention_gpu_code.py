@@ -14,7 +14,7 @@ from mlcore.ops import linear_attention, linear_attention_step
 
 OP = "linear_attention"
 SHAPES = [(2, 2, 1, 16, 16), (1, 2, 63, 33, 24), (1, 1, 140, 20, 8)]
-SHORT = [(2, 2, 1, 16, 16), (1, 1, 17, 33, 24), (1, 1, 67, 16, 8)]  # pairs of tokens one by one: slow when interpreted
+SHORT = [(1, 2, 1, 16, 16), (1, 1, 17, 33, 24), (1, 1, 67, 16, 8)]  # pairs of tokens one by one: slow when interpreted
 
 
 def _triton_of(variant):
@@ -59,7 +59,7 @@ if gpu_code.INTERPRETING:
     @pytest.mark.parametrize("variant", ["normalized", "gate", "vector gated delta"])
     def test_interpreted_packed_sequences(variant):
         """Empty sequences, and ones that no chunk divides, have the bits that each has alone."""
-        bounds = [0, 0, 33, 34, 34, 120 if variant != "vector gated delta" else 40, 40][: 6 + (variant == "vector gated delta")]
+        bounds = [0, 0, 17, 18, 18, 25, 25] if "delta" in variant else [0, 0, 70, 71, 71, 120]
         inputs = suite.make(variant, (1, 1, bounds[-1], 12, 16), sequences=len(bounds) - 1)
         kwargs = {"impl": "triton", **suite.options(variant)}
         got = suite.gradients(inputs, cu_seqlens=torch.tensor(bounds), **kwargs)
@@ -108,8 +108,16 @@ if gpu_code.INTERPRETING:
                 )
 
     @pytest.mark.parametrize("variant", ["normalized", "vector gate", "gated delta"])
-    def test_interpreted_nan_reaches_no_token_before_it(variant):
-        suite.test_nan_reaches_no_token_before_it("triton", variant)
+    @pytest.mark.parametrize("name", ["q", "k", "v"])
+    def test_interpreted_nan_reaches_no_token_before_it(name, variant):
+        """Also within a chunk, whose products have zeros that NaN would pass; and q's reaches its own token alone."""
+        inputs = suite.make(variant, (1, 2, 14, 16, 8))
+        want = linear_attention(**inputs, impl="triton", **suite.options(variant))
+        inputs[name][:, 0, 9, 2] = float("nan")
+        got = linear_attention(**inputs, impl="triton", **suite.options(variant))
+        assert torch.equal(got[:, :, :9], want[:, :, :9]) and torch.equal(got[:, 1], want[:, 1])
+        assert got[:, 0, 9].isnan().any()
+        assert name != "q" or torch.equal(got[:, :, 10:], want[:, :, 10:])
 
     def test_interpreted_zero_denominator():
         suite.test_a_zero_denominator_gives_zero("triton")
@@ -153,6 +161,36 @@ if not gpu_code.INTERPRETING:
         with gpu_code.serving(OP, "cuda"):
             suite.test_step_matches_one_token("cuda", dtype, variant)
 
+    @pytest.mark.parametrize("shape", [(2, 2, 1, 16, 16), (1, 2, 9, 33, 40)], ids=str)
+    @pytest.mark.parametrize("variant", suite.VARIANTS)
+    def test_emulated_short_sequences(variant, shape):
+        inputs = suite.make(variant, shape)
+        kwargs = {"return_state": True, **suite.options(variant)}
+        want = linear_attention(**inputs, impl="reference", **kwargs)
+        with gpu_code.serving(OP, "cuda"):
+            got = linear_attention(**inputs, impl="cuda", **kwargs)
+        for g, w in zip(got, want):
+            torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("feature_map", ["elu", "relu", "softmax"])
+    def test_emulated_not_causal(feature_map):
+        q, k, v = torch.randn(2, 1, 3, 8), torch.randn(2, 1, 7, 8), torch.randn(2, 1, 7, 5)
+        kwargs = {"feature_map": feature_map, "causal": False, "return_state": True}
+        want = linear_attention(q, k, v, impl="reference", **kwargs)
+        with gpu_code.serving(OP, "cuda"):
+            got = linear_attention(q, k, v, impl="cuda", **kwargs)
+        for g, w in zip(got, want):
+            torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
+
+    def test_emulated_packed_short_sequences():
+        inputs = suite.make("gated delta", (1, 2, 9, 12, 8), torch.bfloat16, sequences=4)
+        kwargs = {"return_state": True, "cu_seqlens": torch.tensor([0, 0, 4, 5, 9]), **suite.options("gated delta")}
+        want = linear_attention(**inputs, impl="reference", **kwargs)
+        with gpu_code.serving(OP, "cuda"):
+            got = linear_attention(**inputs, impl="cuda", **kwargs)
+        torch.testing.assert_close(got[0], want[0], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-5)
+
     @pytest.mark.parametrize("feature_map", ["elu", "relu", "softmax"])
     def test_emulated_step_in_place(feature_map):
         """More columns than a block has, a gate that forgets everything, and the new state in the old one's memory."""
@@ -186,19 +224,21 @@ if not gpu_code.INTERPRETING:
 def test_cuda_refuses_what_it_has_no_kernel_for():
     from mlcore._backend import broken_rule
 
-    assert broken_rule(OP, "cuda", torch.empty(1, 1, 8)) is None
-    assert broken_rule(OP, "cuda", torch.empty(1, 1, 4, 8)) == (
-        "its kernel is linear_attention_step's, with q (B, H, D); q has 4 dimensions"
+    assert broken_rule(OP, "cuda", torch.empty(1, 1, 800)) is None and broken_rule(OP, "cuda", torch.empty(1, 1, 64, 8)) is None
+    assert broken_rule(OP, "cuda", torch.empty(1, 1, 4, 8), grad=True) == "the cuda kernels have no backward pass"
+    assert broken_rule(OP, "cuda", torch.empty(1, 1, 65, 8)) == (
+        "the cuda kernels take up to 64 tokens and head dims up to 512; got 65 and 8"
     )
 
 
+@pytest.mark.skipif(gpu_code.INTERPRETING, reason="the choice is replaced there")
 def test_a_broken_rule_is_refused_and_explained(monkeypatch):
     """A rule keeps the automatic choice away, an explicit impl raises with its reason, and explain shows it."""
     from mlcore import _backend, explain
 
     q = torch.ones(1, 1, 2, 4)
     assert _backend.choose(OP, None, q) == "cpu"
-    monkeypatch.setitem(_backend.RULES, (OP, "cpu"), lambda t: f"no {t.dim()}-dimensional tensors today")
+    monkeypatch.setitem(_backend.RULES, (OP, "cpu"), lambda t, grad: f"no {t.dim()}-dimensional tensors today")
     assert _backend.choose(OP, None, q) == "reference"
     assert explain(OP, q).reasons["cpu"] == "no 4-dimensional tensors today"
     with pytest.raises(ValueError, match="impl='cpu' can't serve this call: no 4-dimensional tensors today"):

@@ -15,13 +15,20 @@ _MAPS = (None, "elu", "relu", "softmax")
 _SPAN = 512  # tokens between the states that are kept for backward: 1 / 8 of them, and 8 chunks of 64 fit the L2 cache
 
 
-def _triton_takes(q: torch.Tensor) -> str | None:
+def _triton_takes(q: torch.Tensor, grad: bool) -> str | None:
     D = q.shape[-1]
     return f"q's head dim is {D}, the triton kernels hold states of at most 256 rows" if D > 256 else None
 
 
-def _cuda_takes(q: torch.Tensor) -> str | None:
-    return None if q.dim() == 3 else f"its kernel is linear_attention_step's, with q (B, H, D); q has {q.dim()} dimensions"
+def _cuda_takes(q: torch.Tensor, grad: bool) -> str | None:
+    """The recurrence, token by token: a step's one, or a few. 64 is a chunk of the other kernels, not a measured limit."""
+    if q.dim() == 3:
+        return None
+    if grad:
+        return "the cuda kernels have no backward pass"
+    if q.shape[2] > 64 or q.shape[3] > 512:
+        return f"the cuda kernels take up to 64 tokens and head dims up to 512; got {q.shape[2]} and {q.shape[3]}"
+    return None
 
 
 RULES[_OP, "triton"] = _triton_takes
@@ -229,7 +236,7 @@ def linear_attention(
             left (the sum of the keys); N = B, or the number of sequences of cu_seqlens. None is zeros.
         return_state: also return the state after the last token.
         cu_seqlens: (N + 1) int64 0, ..., T for B = 1: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1] and may be empty.
-        impl: "cpu", "triton", "reference" or, for linear_attention_step, "cuda"; None chooses (see mlcore.explain).
+        impl: "cpu", "cuda" (up to 64 tokens, no gradients), "triton" or "reference"; None chooses (see mlcore.explain).
 
     Returns:
         o (B, H, Tq, Dv) in q's dtype; with return_state the pair (o, state), state as initial_state. Both are differentiable,
@@ -393,7 +400,8 @@ def _narrow(t):
 
 def _run(q, k, v, gate, beta, initial_state, cu_seqlens, feature, normalize, causal, impl):
     impl = reference_if_transformed(_OP, impl)
-    backend = choose(_OP, impl, q)
+    grad = needs_grad(q, k, v, gate, beta, initial_state)
+    backend = choose(_OP, impl, q, grad)
     if backend != "reference" and not (q.shape[3] and v.shape[3]):
         if impl is not None:
             raise ValueError(f"{_OP}: impl={impl!r} can't serve this call: head dims must be at least 1")
@@ -404,7 +412,7 @@ def _run(q, k, v, gate, beta, initial_state, cu_seqlens, feature, normalize, cau
     if initial_state is not None:
         initial_state = initial_state.float()
     tensors = (q, k, v, gate, beta, initial_state, cu_seqlens)
-    if needs_grad(*tensors[:6]):
+    if grad:
         return _LinearAttention.apply(*tensors, feature, normalize, causal, backend)
     run = _fwd_launch if direct(*tensors) else _fwd
     o, _, state, _ = run(*tensors, feature, normalize, causal, False, backend)

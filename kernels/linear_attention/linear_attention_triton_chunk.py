@@ -18,7 +18,7 @@ def row(x, i, rows):
 def mapped(x, d, inside, D, MAP: tl.constexpr):
     """phi(x) for x (BT, BD) float32; 0 outside."""
     if MAP == 1:
-        x = tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
+        x = tl.where(x > 0, x + 1.0, tl.exp(tl.where(x > 0, 0.0, x)))  # tl.minimum would lose NaN
     elif MAP == 2:
         x = tl.where(x < 0, 0.0, x)
     elif MAP == 3:
@@ -32,7 +32,7 @@ def mapped(x, d, inside, D, MAP: tl.constexpr):
 def map_gradient(x, dy, d, D, MAP: tl.constexpr):
     """The gradient of mapped() for x, whose output has gradient dy."""
     if MAP == 1:
-        dy = tl.where(x > 0, dy, dy * tl.exp(tl.minimum(x, 0.0)))
+        dy = tl.where(x > 0, dy, dy * tl.exp(tl.where(x > 0, 0.0, x)))
     elif MAP == 2:
         dy = tl.where(x > 0, dy, 0.0)
     elif MAP == 3:
@@ -60,13 +60,13 @@ def load_values(x, t, st, c, cols, end):
 
 @triton.jit
 def load_gate(gate, t, st, d, D, end, GATE: tl.constexpr):
-    """(BT, BD) or (BT, 1) log gates, and whether each is one that forgets everything."""
+    """(BT, BD) or (BT, 1) log gates."""
     g = t * 0.0
     if GATE == 1:
         g = tl.load(gate + t * st, mask=t < end, other=0.0).to(tl.float32)
     if GATE == 2:
         g = load_values(gate, t, st, d, D, end)
-    return tl.maximum(g, LEAST_GATE)
+    return tl.where(g < LEAST_GATE, LEAST_GATE, g)
 
 
 @triton.jit

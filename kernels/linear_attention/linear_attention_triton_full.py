@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .linear_attention_chunk_triton import bounds, divide_gradient, load_state, load_values, mapped
+from .linear_attention_triton_chunk import bounds, divide_gradient, load_state, load_values, mapped
 
 
 @triton.jit
