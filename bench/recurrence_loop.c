@@ -1,5 +1,6 @@
-/* Linear attention as CPU loops over tokens do it: a head at a time to a thread, every token updates the state row by row and reads
- * it. A baseline of bench_linear_attention.py, in the structure that fast-transformers' CPU kernel has; contiguous (BH, T, D). */
+/* Linear attention as CPU loops over tokens do it: a head at a time to a thread, every token updates the state row by row and
+ * reads it. A baseline of bench_linear_attention.py, in the structure that fast-transformers' CPU kernel has; contiguous (BH,
+ * T, D). */
 #include <stdlib.h>
 
 void recurrence_loop(const float* q, const float* k, const float* v, float* o, long BH, long T, long D, long Dv) {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 
+import linear_attention_suite as suite
 import pytest
-import test_linear_attention as suite
+import test_linear_attention_state
 import torch
 
 from mlcore.ops import linear_attention, linear_attention_step
@@ -59,7 +60,7 @@ def test_same_bits_every_run(variant):
 @pytest.mark.parametrize("variant", suite.VARIANTS)
 @pytest.mark.parametrize("backend", [pytest.param("cuda", marks=pytest.mark.sanitized), "triton"])
 def test_step(backend, variant, dtype):
-    suite.test_step_matches_one_token(backend, dtype, variant)
+    test_linear_attention_state.test_step_matches_one_token(backend, dtype, variant)
 
 
 @pytest.mark.parametrize("variant", suite.VARIANTS)

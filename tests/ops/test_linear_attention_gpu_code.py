@@ -4,9 +4,13 @@ CPU's tests through the public functions, in small shapes, with states kept ever
 
 from __future__ import annotations
 
+import itertools
+
 import gpu_code
+import linear_attention_suite as suite
 import pytest
-import test_linear_attention as suite
+import test_linear_attention
+import test_linear_attention_state
 import torch
 import torch.nn.functional as F
 
@@ -66,7 +70,7 @@ if gpu_code.INTERPRETING:
         generator = torch.Generator().manual_seed(1)
         seeds = [torch.randn(t.shape, generator=generator) for t in got[:2]]
         own = {"decay", "initial_state"}
-        for n, (begin, end) in enumerate(suite.itertools.pairwise(bounds)):
+        for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
             part = {m: t if m in own else t[:, :, begin:end] for m, t in inputs.items()}
             part["initial_state"] = inputs["initial_state"][n : n + 1]
             want = suite.gradients(part, (seeds[0][:, :, begin:end], seeds[1][n : n + 1]), **kwargs)
@@ -88,7 +92,7 @@ if gpu_code.INTERPRETING:
 
     @pytest.mark.parametrize("variant", suite.VARIANTS)
     def test_interpreted_step(variant):
-        suite.test_step_matches_one_token("triton", torch.float32, variant)
+        test_linear_attention_state.test_step_matches_one_token("triton", torch.float32, variant)
 
     @pytest.mark.parametrize("variant", ["gate", "vector gate", "vector gated delta"])
     def test_interpreted_extreme_gates(variant):
@@ -120,7 +124,7 @@ if gpu_code.INTERPRETING:
         assert name != "q" or torch.equal(got[:, :, 10:], want[:, :, 10:])
 
     def test_interpreted_zero_denominator():
-        suite.test_a_zero_denominator_gives_zero("triton")
+        test_linear_attention.test_a_zero_denominator_gives_zero("triton")
 
     @pytest.mark.parametrize("causal", [True, False])
     @pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 0, 5, 4), (2, 2, 0, 4)])
@@ -159,7 +163,7 @@ if not gpu_code.INTERPRETING:
     def test_emulated_step(variant, dtype, monkeypatch):
         monkeypatch.setattr(suite.testing, "use", lambda name: gpu_code.contextlib.nullcontext("cuda"))
         with gpu_code.serving(OP, "cuda"):
-            suite.test_step_matches_one_token("cuda", dtype, variant)
+            test_linear_attention_state.test_step_matches_one_token("cuda", dtype, variant)
 
     @pytest.mark.parametrize("shape", [(2, 2, 1, 16, 16), (1, 2, 9, 33, 40)], ids=str)
     @pytest.mark.parametrize("variant", suite.VARIANTS)
