@@ -53,6 +53,7 @@ def test_digits_are_learned():
     assert len(y) + len(test[1]) == 1797 and 350 < len(test[1]) < 370
     moved = digits.augmented(x[:8])
     assert moved.shape == (8, 1, 16, 16) and not torch.equal(moved, x[:8])
+    torch.set_num_threads(1)  # as the example does
     for network in digits.NETWORKS:
         _, history = digits.train(network, digits.NETWORKS[network], (x[:640], y[:640]), test, epochs=3)
         assert history[-1][0] < 0.9 * history[0][0]

@@ -116,6 +116,9 @@ def test_accelerate_leaves_what_torch_serves_better():
     assert report.swapped == {"2": "mlcore.nn.DepthwiseConv2d"}
     assert report.left["0"].startswith("2 filters a channel") and report.left["1"].startswith("a kernel of one tap")
     assert [type(m) for m in model] == [torch.nn.Conv2d, torch.nn.Conv2d, DepthwiseConv2d]
+    single = torch.nn.Conv2d(8, 8, 5, groups=8).eval()
+    assert mlcore.accelerate(single).left["(model)"].startswith("in inference torch is faster")
+    assert not mlcore.accelerate(torch.nn.Conv2d(8, 8, 3, groups=8).eval()).left
 
 
 def test_accelerate_leaves_what_it_does_not_know():
