@@ -17,7 +17,7 @@ from mlcore import _C
 LEVELS = ("scalar", "avx2", "avx512")
 # What computes with the default level. tests/ops runs every level of the machine by itself and joins in for the emulated one.
 BY_ENVIRONMENT = ["tests/native/test_binding.py", "tests/native/test_isa.py", "tests/native/test_parallel.py", "tests/nn"]
-EMULATED = ["tests/ops", *BY_ENVIRONMENT[:2]]
+EMULATED = ["tests/ops", *BY_ENVIRONMENT[:2], "--ignore-glob=*_gpu_code.py"]
 
 
 def emulation_refused() -> str | None:

@@ -12,8 +12,9 @@ import sys
 
 import variant
 
-# tests/ops runs every level by itself. Tests that start interpreters are left out: each takes 20 s to import torch here.
-TESTS = ["tests/native/test_binding.py", "tests/ops"]
+# tests/ops runs every level by itself. Left out are tests that start interpreters, each of which takes 20 s to import torch here,
+# and those of GPU code, which is built apart and without the sanitizers.
+TESTS = ["tests/native/test_binding.py", "tests/ops", "--ignore-glob=*_gpu_code.py"]
 
 
 def runtimes() -> list[str]:
