@@ -2,8 +2,8 @@
 #ifndef MLCORE_H_
 #define MLCORE_H_
 
-#include "mlcore/api.h"
 #include "mlcore/aft.h"
+#include "mlcore/api.h"
 #include "mlcore/attention.h"
 #include "mlcore/causal_conv1d.h"
 #include "mlcore/depthwise_conv.h"
