@@ -5,15 +5,13 @@
 #include <cstdlib>
 #include <new>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "core/pages.h"
 
 namespace mlcore {
 
 class Scratch {
  public:
-  static constexpr size_t kKeepBytes = size_t{32} << 20, kHugePage = size_t{2} << 20;
+  static constexpr size_t kKeepBytes = size_t{32} << 20;
 
   Scratch() = default;
   Scratch(const Scratch&) = delete;
@@ -30,9 +28,7 @@ class Scratch {
       block_ = std::aligned_alloc(page, bytes);
       if (block_ == nullptr) throw std::bad_alloc();
       bytes_ = bytes;
-#if defined(__linux__)
-      if (page == kHugePage) madvise(block_, bytes, MADV_HUGEPAGE);  // a wish: fewer page faults and TLB misses where granted
-#endif
+      prefer_huge_pages(block_, bytes);
     }
     return static_cast<float*>(block_);
   }
