@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kColumns* kRows) linear_attention_short(Linear
     for (int d = thread; d < D; d += kColumns * kRows) to[d * width + p.Dv] = z[d];
 }
 
-Tokens tokens(const Tensor& t) { return {t.raw(), t.stride(0), t.stride(1), t.rank() > 2 ? t.stride(2) : 0, t.dtype()}; }
+Tokens operand_of(const Tensor& t) { return {t.raw(), t.stride(0), t.stride(1), t.rank() > 2 ? t.stride(2) : 0, t.dtype()}; }
 
 constexpr int64_t kMaxShortHeadDim = 512;  // 73 KB of shared memory
 
@@ -207,7 +207,7 @@ void fwd(const DLTensor* q_, const DLTensor* k_, const DLTensor* v_, const DLTen
   require(!states.present(), kOp, ": the CUDA kernels keep no states for a backward pass");
   require(feature_map >= 0 && feature_map <= 3, kOp, ": feature_map must be 0 to 3; got ", feature_map);
   p.map = static_cast<FeatureMap>(feature_map);
-  p.q = tokens(q), p.k = tokens(k), p.v = tokens(v), p.o = tokens(o);
+  p.q = operand_of(q), p.k = operand_of(k), p.v = operand_of(v), p.o = operand_of(o);
   require(p.causal || (!gate.present() && !beta.present()), kOp, ": gate and beta need causal attention");
   if (gate.present()) {
     gate.on(kDLCUDA).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16});
@@ -216,12 +216,12 @@ void fwd(const DLTensor* q_, const DLTensor* k_, const DLTensor* v_, const DLTen
       gate.shape_is({p.B, p.H, p.Tq}, "(B, H, T)");
     else
       gate.shape_is({p.B, p.H, p.Tq, p.D}, "(B, H, T) or (B, H, T, D)").last_dim_contiguous();
-    p.gate = tokens(gate);
+    p.gate = operand_of(gate);
   }
   if (beta.present()) {
     require(!p.normalize, kOp, ": beta needs normalize = 0");
     beta.on(kDLCUDA).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16}).shape_is({p.B, p.H, p.Tq}, "(B, H, T)");
-    p.beta = tokens(beta), p.delta_rule = true;
+    p.beta = operand_of(beta), p.delta_rule = true;
   }
   p.sequences = p.B;
   if (cu.present()) {
@@ -268,7 +268,7 @@ void step(const DLTensor* q_, const DLTensor* k_, const DLTensor* v_, const DLTe
   LinearAttentionStep p{};
   p.rows = B * H, p.D = D, p.Dv = Dv, p.H = H;
   p.map = static_cast<FeatureMap>(feature_map), p.normalize = normalize != 0;
-  p.q = tokens(q), p.k = tokens(k), p.v = tokens(v), p.o = tokens(o);
+  p.q = operand_of(q), p.k = operand_of(k), p.v = operand_of(v), p.o = operand_of(o);
   if (gate.present()) {
     gate.on(kDLCUDA).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16});
     p.gated = gate.rank() == 2 ? Gate::scalar : Gate::vector;
@@ -276,12 +276,12 @@ void step(const DLTensor* q_, const DLTensor* k_, const DLTensor* v_, const DLTe
       gate.shape_is({B, H}, "(B, H)");
     else
       gate.shape_is({B, H, D}, "(B, H) or (B, H, D)").last_dim_contiguous();
-    p.gate = tokens(gate);
+    p.gate = operand_of(gate);
   }
   if (beta.present()) {
     require(!p.normalize, kOp, ": beta needs normalize = 0");
     beta.on(kDLCUDA).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16}).shape_is({B, H}, "(B, H)");
-    p.beta = tokens(beta);
+    p.beta = operand_of(beta);
   }
   for (const Tensor* t : {&state, &new_state})
     t->on(kDLCUDA).dtype_in({Dtype::f32}).shape_is({B, H, D, width}, "(B, H, D, Dv + normalize)").contiguous();

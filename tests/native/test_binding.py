@@ -319,11 +319,11 @@ def test_errors_name_the_argument_the_rule_and_the_value():
 
 
 def test_gil_is_released_while_a_kernel_runs():
-    """Another Python thread goes on while one kernel call works on 200 MB that share one row."""
+    """Another Python thread goes on while one kernel call works on 4 GB that share one row."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     _C.set_isa("scalar")
-    rows, cols = 50_000, 1024
+    rows, cols = 1_000_000, 1024
     x, y, rstd = torch.randn(cols).expand(rows, cols), torch.empty(cols).expand(rows, cols), torch.empty(rows)
     ticks, stop = [], threading.Event()
 
