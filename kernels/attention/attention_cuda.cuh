@@ -80,8 +80,9 @@ MLC_DEVICE void load_tile(T* tile, const Rows& x, int64_t b, int64_t h, int firs
 // tf32's high part of x and what it leaves.
 struct Split {
   uint32_t hi, lo;
-  MLC_DEVICE explicit Split(float x) : hi(to_tf32(x)), lo(to_tf32(x - __uint_as_float(hi))) {
-    if (!(fabsf(x) < INFINITY)) lo = 0;
+  MLC_DEVICE explicit Split(float x) {  // not in an initialiser list: nvcc leaves that to the host's compiler
+    hi = to_tf32(x);
+    lo = fabsf(x) < INFINITY ? to_tf32(x - __uint_as_float(hi)) : 0;
   }
 };
 template <int N>
