@@ -1,8 +1,8 @@
 """Decoding: one query a sequence over a key-value cache, which is a matter of reading the cache.
 
-Rows: mlcore; mlcore with the same keys in pages of 16, and in int8; torch-sdpa over the contiguous cache; "read", a product of
-the cache with a vector in torch, which is the fastest read that torch offers: GB/s of all rows count the bytes of the
-full-precision cache. Next: kernels/attention/README.md.
+Rows: mlcore; mlcore with the same keys in pages of 16, and in int8; torch-sdpa over the contiguous cache; "floor: read", a
+product of the cache with a vector in torch, which is the fastest read that torch offers: GB/s of all rows count the bytes of
+the full-precision cache. Next: kernels/attention/README.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from harness import Group, relative_error
 import mlcore
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
-ROWS = ("mlcore", "mlcore, pages of 16", "mlcore, int8", "torch-sdpa", "read")
+ROWS = ("mlcore", "mlcore, pages of 16", "mlcore, int8", "torch-sdpa", "floor: read")
 PAGE = 16
 
 
@@ -30,7 +30,7 @@ class Problem:
     D: int
 
     def __str__(self) -> str:
-        return f"decode ({self.B},{self.H}:{self.Hkv},1,{self.D}) over {self.T} keys"
+        return f"({self.B},{self.H}:{self.Hkv},1,{self.D}) over {self.T} keys"
 
 
 PROBLEMS = [
@@ -64,14 +64,14 @@ def make_group(p: Problem, dtype: torch.dtype) -> Group:
         "mlcore, pages of 16": ours(*pages, page_table=table),
         "mlcore, int8": ours(*small, k_scale=scales[0], v_scale=scales[1]),
         "torch-sdpa": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=p.Hkv != p.H),
-        "read": lambda: [w @ ones for w in words],
+        "floor: read": lambda: [w @ ones for w in words],
     }
 
     def exact(q, k, v):
         return F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=p.Hkv != p.H)
 
     def check(row, got):
-        if row == "read":
+        if row == "floor: read":
             return 0.0
         worst = 0.0
         for b in {0, p.B - 1}:
@@ -94,4 +94,4 @@ def name_of(dtype: torch.dtype) -> str:
 
 @pytest.mark.parametrize(("problem", "dtype", "row"), CASES, ids=[f"{name_of(d)} {p}-{r}" for p, d, r in CASES])
 def test_decode(race, problem, dtype, row):
-    race(f"attention {name_of(dtype)} {problem}", row, lambda: make_group(problem, dtype))
+    race(f"attention_decode {name_of(dtype)} {problem}", row, lambda: make_group(problem, dtype))

@@ -1,6 +1,6 @@
 """Layers of gathered attention at doubling lengths: their time must follow the length, full attention's is its square.
 
-Rows: one layer at one length each; full attention as torch computes it beside them. Checked: finite, and the same twice.
+Rows: one layer at one length each; full attention beside them. Checked: finite, and the same twice.
 Next: kernels/attention/README.md.
 """
 
@@ -20,12 +20,12 @@ LAYERS = {
     "mlcore reformer": lambda: mlcore.nn.ReformerAttention(E, H, chunk=64, rounds=2, batch_first=True),
     "mlcore routing": lambda: mlcore.nn.RoutingAttention(E, H, clusters=32, window=128, batch_first=True),
     "mlcore sinkhorn": lambda: mlcore.nn.SinkhornAttention(E, H, block=64, batch_first=True),
-    "torch full": lambda: torch.nn.MultiheadAttention(E, H, batch_first=True),
+    "mlcore full": lambda: mlcore.nn.MultiheadAttention(E, H, batch_first=True),
 }
 
 
 def lengths_of(name: str) -> tuple[int, ...]:
-    return LENGTHS if name.startswith("mlcore") else LENGTHS[:2]
+    return LENGTHS[:2] if name == "mlcore full" else LENGTHS
 
 
 def make_group() -> Group:

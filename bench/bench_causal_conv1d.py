@@ -68,7 +68,7 @@ def make_group(problem: Problem, dtype: torch.dtype, compiled: bool) -> Group:
     if compiled:
         calls["torch (compiled)"] = call_of(torch.compile(stock, dynamic=False))
     if not problem.backward:
-        calls["torch (clone of x)"] = x.clone  # the floor: the same traffic, an output of the same size
+        calls["floor: clone of x"] = x.clone  # the floor: the same traffic, an output of the same size
     wide = [t.double().requires_grad_() for t in (x, weight)]
     h = F.pad(wide[0], (problem.width - 1, 0))
     y = sum(h[..., k : k + T] * wide[1][:, k, None] for k in range(problem.width))
@@ -85,7 +85,7 @@ def make_group(problem: Problem, dtype: torch.dtype, compiled: bool) -> Group:
     return Group(calls, check, bytes=(3 if problem.backward else 2) * x.numel() * x.element_size())
 
 
-@pytest.mark.parametrize("row", ["mlcore", "torch", "torch (compiled)", "torch (clone of x)"])
+@pytest.mark.parametrize("row", ["mlcore", "torch", "torch (compiled)", "floor: clone of x"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=name_of)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_causal_conv1d(race, request, problem, dtype, row):

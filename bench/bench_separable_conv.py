@@ -133,7 +133,9 @@ def training(block: Block) -> Group:
 
     def check(row, got):
         error = max(relative_error(a, b) for a, b in zip(got[:3], want[:3], strict=True))
-        assert error < 1e-3, f"{row}: relative error {error}"  # a relu takes the other side of 0 here and there
+        assert error < 1e-2, (
+            f"{row}: relative error {error}"
+        )  # a relu takes the other side of 0 here and there: 2e-3 in torch too
         return error
 
     flops = 6 * (seed.numel() // J) * C * (9 + J)

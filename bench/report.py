@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"^<!-- bench:(?P<what>[^\n]*?)-->\n(?P<table>.*?)^<!-- /bench -->$", re.MULTILINE | re.DOTALL)
 OPENING = re.compile(r"^<!-- bench:", re.MULTILINE)
 OURS = "mlcore"
+FLOOR = "floor"  # rows that say what no implementation can beat: they are shown and not compared with
 UNITS = {"gbps": "GB/s", "gflops": "GFLOP/s"}
 BLUES, OTHERS = ("#0b5fa5", "#79b4e0", "#b8d8f0"), ("#f0a202", "#9aa5b1", "#5b8e7d", "#c8553d", "#7d6b91")
 
@@ -44,7 +45,7 @@ def ops_of(results: dict) -> list[str]:
 def speedup(rows: dict[str, dict]) -> tuple[float, str] | None:
     """(fastest other's time / ours, that other), by minima; None where there is only one side."""
     ours = [r["seconds_min"] for name, r in rows.items() if name.startswith(OURS)]
-    others = {name: r["seconds_min"] for name, r in rows.items() if not name.startswith(OURS)}
+    others = {name: r["seconds_min"] for name, r in rows.items() if not name.startswith((OURS, FLOOR))}
     if not ours or not others:
         return None
     rival = min(others, key=others.get)
@@ -157,6 +158,17 @@ def table_of(results: dict, op: str, brief: bool = False) -> Table:
     return TABLES[op](op, groups) if op in TABLES else speed_table(op, groups, results["machine"], brief)
 
 
+def summary_table(results: dict) -> Table:
+    """A row an op: how often mlcore is faster than the fastest other row, and by how much."""
+    body = []
+    for op in sorted(set(ops_of(results)) - set(TABLES)):
+        ratios = [ratio[0] for rows in groups_of(results, op).values() if (ratio := speedup(rows))]
+        if ratios:
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            body.append([op, str(len(ratios)), str(sum(r > 1 for r in ratios)), f"{mean:.2f}", f"{min(ratios):.2f}"])
+    return Table(["op", "problems", "mlcore is faster in", "geometric mean", "worst"], body)
+
+
 def as_text(results: dict, ops: list[str] | None = None) -> str:
     """The markdown of a results file: the machine line and a table for each op."""
     parts = [machine_line(results)]
@@ -167,9 +179,12 @@ def as_text(results: dict, ops: list[str] | None = None) -> str:
 
 
 def generated(what: str, folder: Path) -> str:
-    """The text that belongs between the markers of `what`."""
+    """The text that belongs between the markers of `what`: a pattern of file names, then ops, or "summary", or nothing."""
     pattern, *ops = what.split()
     files = [f for f in sorted(folder.glob("*.json")) if fnmatch.fnmatch(f.stem, pattern)]
+    if ops == ["summary"]:
+        found = [harness.read_results(f) for f in files]
+        return "\n\n".join(f"{machine_line(r)}\n\n{summary_table(r).markdown()}" for r in found) or "Not measured."
     texts = [text for f in files if (text := as_text(harness.read_results(f), ops))]
     return "\n\n".join(texts) or "Not measured."
 
