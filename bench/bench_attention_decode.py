@@ -17,7 +17,7 @@ from harness import Group, relative_error
 import mlcore
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
-ROWS = ("mlcore", "mlcore, pages of 16", "mlcore, int8", "torch-sdpa", "floor: read")
+ROWS = ("mlcore", "mlcore, pages of 16", "lossy: mlcore, int8", "torch-sdpa", "floor: read")
 PAGE = 16
 
 
@@ -62,7 +62,7 @@ def make_group(p: Problem, dtype: torch.dtype) -> Group:
     calls = {
         "mlcore": ours(k, v),
         "mlcore, pages of 16": ours(*pages, page_table=table),
-        "mlcore, int8": ours(*small, k_scale=scales[0], v_scale=scales[1]),
+        "lossy: mlcore, int8": ours(*small, k_scale=scales[0], v_scale=scales[1]),
         "torch-sdpa": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=p.Hkv != p.H),
         "floor: read": lambda: [w @ ones for w in words],
     }

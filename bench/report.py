@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"^<!-- bench:(?P<what>[^\n]*?)-->\n(?P<table>.*?)^<!-- /bench -->$", re.MULTILINE | re.DOTALL)
 OPENING = re.compile(r"^<!-- bench:", re.MULTILINE)
 OURS = "mlcore"
-FLOOR = "floor"  # rows that say what no implementation can beat: they are shown and not compared with
+ASIDE = ("floor", "lossy")  # rows that are shown and not compared: what nothing can beat, and what computes less exactly
 UNITS = {"gbps": "GB/s", "gflops": "GFLOP/s"}
 BLUES, OTHERS = ("#0b5fa5", "#79b4e0", "#b8d8f0"), ("#f0a202", "#9aa5b1", "#5b8e7d", "#c8553d", "#7d6b91")
 
@@ -45,7 +45,7 @@ def ops_of(results: dict) -> list[str]:
 def speedup(rows: dict[str, dict]) -> tuple[float, str] | None:
     """(fastest other's time / ours, that other), by minima; None where there is only one side."""
     ours = [r["seconds_min"] for name, r in rows.items() if name.startswith(OURS)]
-    others = {name: r["seconds_min"] for name, r in rows.items() if not name.startswith((OURS, FLOOR))}
+    others = {name: r["seconds_min"] for name, r in rows.items() if not name.startswith((OURS, *ASIDE))}
     if not ours or not others:
         return None
     rival = min(others, key=others.get)

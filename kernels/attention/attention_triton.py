@@ -131,8 +131,7 @@ class _Problem:
             relative_strides = tuple(0 if n == 1 else s for n, s in zip(relative.shape[:2], relative.stride()))
         self.inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
         self.extras = (*bias_strides, *relative_strides, *sets)
-        log2e = 1.4426950408889634
-        scales = (scale / softcap, softcap * log2e) if softcap > 0 else (scale * log2e, 0.0)
+        scales = (scale / softcap, softcap * LOG2E.value) if softcap > 0 else (scale * LOG2E.value, 0.0)
         below = min(int(dropout_p * 4294967296.0), 0xFFFFFFFF)
         halves = [(x & 0xFFFFFFFF) - (1 << 32 if x & 0x80000000 else 0) for x in (seed, seed >> 32, below)]
         keep_scale = 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)

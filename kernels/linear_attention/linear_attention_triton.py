@@ -24,6 +24,7 @@ from .linear_attention_triton_chunk import (
     score,
     solve,
     solve_transposed,
+    store_state,
 )
 from .linear_attention_triton_full import full_bwd_kernel, full_kernel
 
@@ -59,9 +60,7 @@ def fwd_kernel(
         if states is not None:  # noqa: SIM102 - decided when the kernel is compiled
             if (first - begin) % span == 0:
                 to = states + (first_slot + (first - begin) // span) * D * width
-                tl.store(to + d[:, None] * width + c, S, mask=(d[:, None] < D) & (c < Dv))
-                if NORMALIZE:
-                    tl.store(to + d * width + Dv, z, mask=d + block * BD < D)
+                store_state(to, d, c, S, z, block, D, Dv, width, NORMALIZE, BD)
         t = first + tl.arange(0, BT)[:, None]  # (BT, 1)
         inside = (t < end) & (d[None, :] < D)
         q_t = mapped(load_values(q, t, qt, d[None, :], D, end), d[None, :], inside, D, MAP)
@@ -84,10 +83,7 @@ def fwd_kernel(
             tl.store(place, weight, mask=first + tl.arange(0, BT) + block * T < end)
         S = whole[:, None] * S + tl.dot(tl.trans(k_t * from_token), u, input_precision=PRECISION)
         tl.store(o + t * ot + c, out, mask=(t < end) & (c < Dv))
-    to = final + item * D * width
-    tl.store(to + d[:, None] * width + c, S, mask=(d[:, None] < D) & (c < Dv))
-    if NORMALIZE:
-        tl.store(to + d * width + Dv, z, mask=d + block * BD < D)
+    store_state(final + item * D * width, d, c, S, z, block, D, Dv, width, NORMALIZE, BD)
 
 
 @triton.jit
@@ -243,10 +239,7 @@ def bwd_kernel(
             tl.store(dk + t * D + d[None, :], dk_t + dk_query, mask=inside)
             S_end, z_end, dS, dz = S, z, dS_before, dz_before
     if dinitial is not None:
-        to = dinitial + item * D * width
-        tl.store(to + d[:, None] * width + c, dS, mask=(d[:, None] < D) & (c < Dv))
-        if NORMALIZE:
-            tl.store(to + d * width + Dv, dz, mask=d + block * BD < D)
+        store_state(dinitial + item * D * width, d, c, dS, dz, block, D, Dv, width, NORMALIZE, BD)
 
 
 @triton.jit

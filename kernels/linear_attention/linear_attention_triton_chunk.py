@@ -140,6 +140,14 @@ def load_state(state, d, c, D, cols, width):
 
 
 @triton.jit
+def store_state(to, d, c, S, z, block, D, Dv, width, NORMALIZE: tl.constexpr, BD: tl.constexpr):
+    """A block of values' S (BD, BV), and the first block's z (BD) of the denominators behind them."""
+    tl.store(to + d[:, None] * width + c, S, mask=(d[:, None] < D) & (c < Dv))
+    if NORMALIZE:
+        tl.store(to + d * width + Dv, z, mask=d + block * BD < D)
+
+
+@triton.jit
 def divide_gradient(do, o, den, t, dt, ot, c, Dv, end, BV: tl.constexpr):
     """(numerators' gradient (BT, BV), denominator's (BT)) from that of o; 0 where den is 0. den: of these tokens (BT)."""
     ok = den != 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .linear_attention_triton_chunk import bounds, divide_gradient, load_state, load_values, mapped
+from .linear_attention_triton_chunk import bounds, divide_gradient, load_state, load_values, mapped, store_state
 
 
 @triton.jit
@@ -32,10 +32,7 @@ def full_kernel(
         k_t = mapped(load_values(k, t, kt, d[None, :], D, end), d[None, :], inside, D, MAP)
         S += tl.dot(tl.trans(k_t), load_values(v, t, vt, c, Dv, end), input_precision=PRECISION)
         z += tl.sum(k_t, 0)
-    to = final + item * D * width
-    tl.store(to + d[:, None] * width + c, S, mask=(d[:, None] < D) & (c < Dv))
-    if NORMALIZE:
-        tl.store(to + d * width + Dv, z, mask=d + block * BD < D)
+    store_state(final + item * D * width, d, c, S, z, block, D, Dv, width, NORMALIZE, BD)
     b, begin, end = bounds(cu, n, Tq)
     for first in range(begin, end, BT):
         t = first + tl.arange(0, BT)[:, None]
@@ -99,7 +96,4 @@ def full_bwd_kernel(
         tl.store(dv + t * Dv + c, tl.dot(k_t, dS, input_precision=PRECISION), mask=(t < end) & (c < Dv))
         tl.store(dk + t * D + d[None, :], tl.dot(u, tl.trans(dS), input_precision=PRECISION) + dz[None, :], mask=inside)
     if dinitial is not None:
-        to = dinitial + item * D * width
-        tl.store(to + d[:, None] * width + c, dS, mask=(d[:, None] < D) & (c < Dv))
-        if NORMALIZE:
-            tl.store(to + d * width + Dv, dz, mask=d + block * BD < D)
+        store_state(dinitial + item * D * width, d, c, dS, dz, block, D, Dv, width, NORMALIZE, BD)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import mlcore
 from mlcore import _C, testing
+from mlcore.kernels.quant_linear.quant_linear_ref import ACTIVATIONS
 from mlcore.ops import quant_linear
 from mlcore.ops.quant_linear import _dequantize, _fwd
 from mlcore.quant import pack, pack_codes
@@ -21,13 +22,6 @@ KERNELS = [name for name in testing.available("quant_linear") if name != "refere
 # The AVX-512 level has two integer products: with VNNI and, on machines without it, by widening.
 LEVELS = [*KERNELS, "cpu[avx512] without VNNI"] if "cpu[avx512]" in KERNELS else KERNELS
 FORMATS = [f"int{b}" for b in range(1, 9)] + ["ternary", "nf4", "codebook"]
-ACTIVATIONS = {
-    None: lambda y: y,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 @contextlib.contextmanager

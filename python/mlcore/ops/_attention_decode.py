@@ -12,6 +12,7 @@ import torch
 from .._backend import choose
 from .._registry import direct, kernel, register, transformed
 from ..patterns import Causal, Dense, Lengths, Pattern, Window
+from ._tokens import inner_contiguous
 from .attention import attention
 
 _OP = "attention_with_kvcache"
@@ -215,7 +216,7 @@ def _few_queries(q, caches, page_table, total, starts, slopes, sinks, around, ca
         raise ValueError(f"{_OP}: softcap must be a positive number or None; got {given_softcap}")
     if any(n is not None and n < 0 for n in around):
         raise ValueError(f"{_OP}: window must hold counts from 0, or None for no limit; got {around}")
-    q = q if q.stride(-1) == 1 else q.contiguous()
+    q = inner_contiguous(q)
     decode = _decode_launch if direct(q, *caches, total) else _decode
     return decode(
         q, *caches, page_table, total, starts, slopes, sinks, left, 0 if causal else right, scale, softcap
@@ -256,7 +257,7 @@ def _store(native, k, v, lengths, total, page_table, caches):
                 f"got {tuple(new.shape)} {new.dtype}"
             )
     if native:
-        k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
+        k, v = inner_contiguous(k), inner_contiguous(v)
         return (_append_launch if direct(k, v, *caches) else _append)(k, v, page_table, total, *caches)
     count = k.shape[2]
     positions, size = lengths[:, None] + torch.arange(count), caches[0].shape[2]

@@ -8,6 +8,7 @@ from .. import _C
 from .._registry import kernel
 from ._attention_device import on_device
 from ._attention_schedule import schedule
+from ._tokens import inner_contiguous
 
 _OP = "attention"
 _cpu_fwd, _cpu_bwd = _C.launch.attention_fwd, _C.launch.attention_bwd
@@ -16,10 +17,6 @@ _cpu_fwd, _cpu_bwd = _C.launch.attention_fwd, _C.launch.attention_bwd
 def _schedule(q, k, tensors, spec, impl):
     made = schedule(spec, tensors, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     return made if impl == "cpu" else on_device(made, q.shape[2], k.shape[2], q.device)
-
-
-def _inner_contiguous(t):
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _new_output(q, v):
@@ -36,7 +33,7 @@ def new_lse(q):
 
 
 def fwd_launch(q, k, v, bias, relative, sinks, seed, tensors, spec, scale, softcap, dropout_p, impl):
-    q, k, v = _inner_contiguous(q), _inner_contiguous(k), _inner_contiguous(v)
+    q, k, v = inner_contiguous(q), inner_contiguous(k), inner_contiguous(v)
     o = _new_output(q, v)
     lse = new_lse(q)
     fwd = kernel(_OP, "fwd", impl)
@@ -83,14 +80,14 @@ def bwd_launch(q, k, v, bias, relative, sinks, seed, tensors, spec, scale, softc
     dq, dk, dv = _new_gradients(q, k, v)
     # As its kernel sums it: fp32, contiguous, every key of its own.
     dbias = torch.zeros(*bias.shape[:3], k.shape[2], dtype=torch.float32, device=q.device) if per_key else None
-    q, k, v = _inner_contiguous(q), _inner_contiguous(k), _inner_contiguous(v)
+    q, k, v = inner_contiguous(q), inner_contiguous(k), inner_contiguous(v)
     d_lse = None if d_lse is None else d_lse.contiguous()
     bwd = kernel(_OP, "bwd", impl)
     drelative = _new_drelative(q, k, need_drelative)
     number = int(seed) if seed is not None else 0
     bwd(
         q, k, v, bias, relative, sinks, *_schedule(q, k, tensors, spec, impl), scale, softcap, dropout_p, number,
-        o, lse, _inner_contiguous(d_o), d_lse, dq, dk, dv, dbias,
+        o, lse, inner_contiguous(d_o), d_lse, dq, dk, dv, dbias,
         drelative if need_drelative else None, torch.empty_like(lse[0]),
     )  # fmt: skip
     dbias = _reduced_dbias(dbias, bias, lse, d_lse) if need_dbias else q.new_empty(0)

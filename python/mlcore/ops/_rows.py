@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .._backend import choose
-from .._registry import transformed
+from .._registry import reference_if_transformed
 
 _MAX_ROW_BLOCKS = 64  # as csrc/core/row_blocks.h
 
@@ -37,11 +37,7 @@ def norm_args(op, x, weight, bias, residual, eps, impl) -> tuple[torch.Tensor, t
         _check_vector(op, "bias", bias, shape[-1], dtype, device)
     if not eps >= 0:
         raise ValueError(f"{op}: eps must not be negative; got {eps}")
-    if transformed():
-        if impl not in (None, "reference"):
-            raise ValueError(f"{op}: impl={impl!r} can't serve torch.func, forward-mode AD or torch.jit.trace")
-        impl = "reference"
-    return x, residual, choose(op, impl, x)
+    return x, residual, choose(op, reference_if_transformed(op, impl), x)
 
 
 def _check_vector(op, name, t, cols, dtype, device) -> None:

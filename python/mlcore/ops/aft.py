@@ -7,13 +7,10 @@ import torch
 from .._backend import choose
 from .._registry import autocast, create_graph, direct, kernel, needs_grad, reference_if_transformed, register
 from ..kernels.aft import aft_ref
+from ._tokens import check_tokens, inner_contiguous
 
 _OP = "aft"
 _ARGS = "Tensor q, Tensor k, Tensor v, Tensor? bias, int window, bool causal"
-
-
-def _inner_contiguous(t):
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _new_forward(q, keep):
@@ -25,7 +22,7 @@ def _new_forward(q, keep):
 
 
 def _fwd_launch(q, k, v, bias, window, causal, keep, impl):
-    q, k, v = (_inner_contiguous(t) for t in (q, k, v))
+    q, k, v = (inner_contiguous(t) for t in (q, k, v))
     o, *kept = _new_forward(q, keep)
     bias = None if bias is None else bias.contiguous()
     kernel(_OP, "fwd", impl)(q, k, v, bias, window, int(causal), o, *(kept if keep else (None,) * 3))
@@ -44,7 +41,7 @@ def _new_gradients(q, k, v, bias, with_bias):
 
 def _bwd_launch(q, k, v, bias, window, causal, y, den, peak, d_o, with_bias, impl):
     dq, dk, dv, dbias = _new_gradients(q, k, v, bias, with_bias)
-    q, k, v, d_o = (_inner_contiguous(t) for t in (q, k, v, d_o))
+    q, k, v, d_o = (inner_contiguous(t) for t in (q, k, v, d_o))
     bias = None if bias is None else bias.contiguous()
     kernel(_OP, "bwd", impl)(
         q, k, v, bias, window, int(causal), y, den, peak, d_o, dq, dk, dv, dbias if with_bias else None
@@ -153,13 +150,7 @@ def aft(
 
 def _check(q, k, v, bias, window, causal) -> torch.Tensor:
     """k as wide as v; raises where the arguments break a rule."""
-    for name, t, layout in (("q", q, "(B, H, T, D)"), ("k", k, "(B, H, S, D)"), ("v", v, "(B, H, S, D)")):
-        if t.dim() != 4:
-            raise ValueError(f"{_OP}: {name} must be {layout}; got shape {tuple(t.shape)}")
-    if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"{_OP}: q, k and v must have the same floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
-    if k.device != q.device or v.device != q.device:
-        raise ValueError(f"{_OP}: q, k and v must be on the same device; got {q.device}, {k.device}, {v.device}")
+    check_tokens(_OP, q, k, v, ("(B, H, T, D)", "(B, H, S, D)", "(B, H, S, D)"))
     B, H, T, D = q.shape
     if v.shape[:2] != q.shape[:2] or v.shape[3] != D:
         raise ValueError(f"{_OP}: v must be (B, H, S, D) with q's B, H, D of {(B, H, T, D)}; got {tuple(v.shape)}")

@@ -8,9 +8,10 @@ import torch
 
 from .._backend import choose
 from .._pattern_tree import dense
-from .._registry import autocast, create_graph, direct, direct_apply, lean_rows, needs_grad, register, transformed
+from .._registry import autocast, create_graph, direct, direct_apply, lean_rows, needs_grad, reference_if_transformed, register
 from ..patterns import Pattern
 from ._attention_launch import bwd_fake, bwd_launch, fwd_fake, fwd_launch, lean_bwd, lean_fwd, new_lse
+from ._tokens import check_tokens
 
 _OP = "attention"
 _MAX_HEAD_DIM = 256  # of the kernels; the reference takes any
@@ -363,13 +364,7 @@ def _check_qkv(q, k, v) -> None:
 
 def _refuse_qkv(q, k, v) -> None:
     """Raises for the first rule that is broken; none may be, where there are no heads at all."""
-    for name, t, layout in (("q", q, "(B, H, Tq, D)"), ("k", k, "(B, Hkv, Tk, D)"), ("v", v, "(B, Hkv, Tk, Dv)")):
-        if t.dim() != 4:
-            raise ValueError(f"attention: {name} must be {layout}; got shape {tuple(t.shape)}")
-    if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"attention: q, k and v must have the same floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
-    if k.device != q.device or v.device != q.device:
-        raise ValueError(f"attention: q, k and v must be on the same device; got {q.device}, {k.device}, {v.device}")
+    check_tokens(_OP, q, k, v, ("(B, H, Tq, D)", "(B, Hkv, Tk, D)", "(B, Hkv, Tk, Dv)"))
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(
             f"attention: k must be (B, Hkv, Tk, D) with q's B, D = {q.shape[0]}, {q.shape[3]}; got {tuple(k.shape)}"
@@ -406,12 +401,7 @@ def _run(q, k, v, bias, relative, sinks, *call):
 
 
 def _dispatch(q, k, v, bias, relative, sinks, tensors, spec, scale, softcap, dropout_p, return_lse, impl):
-    if transformed():
-        if impl not in (None, "reference"):
-            raise ValueError(
-                f"attention: impl={impl!r} can't serve torch.func, forward-mode AD or torch.jit.trace; the reference can"
-            )
-        impl = "reference"
+    impl = reference_if_transformed(_OP, impl)
     backend = choose(_OP, impl, q)
     widest = max(q.shape[3], v.shape[3])
     if backend != "reference" and not (1 <= widest <= _MAX_HEAD_DIM and q.shape[3] and v.shape[3]):

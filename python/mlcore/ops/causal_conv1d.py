@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._backend import choose
-from .._registry import autocast, create_graph, direct, kernel, needs_grad, register, transformed
+from .._registry import autocast, create_graph, direct, kernel, needs_grad, reference_if_transformed, register
 from ..kernels.causal_conv1d import causal_conv1d_ref
 
 _OP = "causal_conv1d"
@@ -254,11 +254,7 @@ def causal_conv1d(
         )
     shape = (_sequences(x, cu_seqlens), x.shape[1], weight.shape[1] - 1)
     _states("initial_states", initial_states, shape, x)
-    if transformed():
-        if impl not in (None, "reference"):
-            raise ValueError(f"{_OP}: impl={impl!r} can't serve torch.func, forward-mode AD or torch.jit.trace")
-        impl = "reference"
-    backend = choose(_OP, impl, x)
+    backend = choose(_OP, reference_if_transformed(_OP, impl), x)
     tensors = (x, weight, bias, initial_states, seq_idx, cu_seqlens)
     if backend == "reference":
         y, final = causal_conv1d_ref.causal_conv1d(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .._backend import choose
-from .._registry import autocast, create_graph, direct, kernel, needs_grad, register, transformed
+from .._registry import autocast, create_graph, direct, kernel, needs_grad, reference_if_transformed, register
 from ..kernels.depthwise_conv import depthwise_conv_ref
 
 _OP = "depthwise_conv"
@@ -253,9 +253,7 @@ def _depthwise_conv(dims, x, weight, bias, stride, padding, dilation, padding_mo
     if padding_mode != "zeros":  # torch's own padding, a copy
         x = F.pad(x, [n for pair in reversed(pairs) for n in pair], mode=padding_mode)
         pairs = [(0, 0)] * dims
-    backend = choose(_OP, "reference" if impl is None and transformed() else impl, x)
-    if backend != "reference" and transformed():
-        raise ValueError(f"{op}: impl={impl!r} can't serve torch.func, forward-mode AD or torch.jit.trace")
+    backend = choose(_OP, reference_if_transformed(op, impl), x)
     absent = 3 - dims
     ones = (1,) * absent
     stride, dilation = (*ones, *stride), (*ones, *dilation)

@@ -9,6 +9,7 @@ import torch
 from .._backend import RULES, choose
 from .._registry import autocast, create_graph, direct, kernel, needs_grad, reference_if_transformed, register, transformed
 from ..kernels.linear_attention import linear_attention_ref
+from ._tokens import check_tokens, inner_contiguous
 
 _OP = "linear_attention"
 _MAPS = (None, "elu", "relu", "softmax")
@@ -40,8 +41,9 @@ _ARGS = (
 )
 
 
-def _inner_contiguous(t):
-    return t if t is None or t.dim() < 4 or t.stride(-1) == 1 else t.contiguous()
+def _readable(gate):
+    """gate with contiguous features, where it has some."""
+    return gate if gate is None or gate.dim() < 4 else inner_contiguous(gate)
 
 
 def _sequences(q, cu_seqlens):
@@ -71,7 +73,8 @@ def _new_forward(q, v, cu_seqlens, normalize, causal, keep):
 
 
 def _fwd_launch(q, k, v, gate, beta, initial_state, cu_seqlens, feature, normalize, causal, keep, impl):
-    q, k, v, gate = (_inner_contiguous(t) for t in (q, k, v, gate))
+    q, k, v = (inner_contiguous(t) for t in (q, k, v))
+    gate = _readable(gate)
     o, den, final_state, states = _new_forward(q, v, cu_seqlens, normalize, causal, keep)
     initial_state = None if initial_state is None else initial_state.contiguous()
     numbers = (feature, int(normalize), int(causal), _SPAN)
@@ -98,7 +101,8 @@ def _bwd_launch(
 ):  # fmt: skip
     dq, dk, dv, *others = _new_gradients(q, k, v, gate, beta, initial_state)
     wanted = [g if t is not None else None for g, t in zip(others, (gate, beta, initial_state))]
-    q, k, v, gate, o, d_o = (_inner_contiguous(t) for t in (q, k, v, gate, o, d_o))
+    q, k, v, o, d_o = (inner_contiguous(t) for t in (q, k, v, o, d_o))
+    gate = _readable(gate)
     d_final_state = None if d_final_state is None else d_final_state.contiguous()
     kernel(_OP, "bwd", impl)(
         q, k, v, gate, beta, cu_seqlens, feature, int(normalize), int(causal), _SPAN,
@@ -116,7 +120,7 @@ def _bwd_fake(
 def _step_launch(q, k, v, gate, beta, state, feature, normalize, impl):
     o = torch.empty(v.shape, dtype=q.dtype, device=q.device)
     new_state = torch.empty(state.shape, dtype=torch.float32, device=q.device)
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v = (inner_contiguous(t) for t in (q, k, v))
     if gate is not None and gate.dim() == 3 and gate.stride(-1) != 1:
         gate = gate.contiguous()
     kernel(_OP, "step", impl)(q, k, v, gate, beta, state.contiguous(), feature, int(normalize), o, new_state)
@@ -325,13 +329,7 @@ def _mapped(q, k, feature_map):
 
 
 def _check_qkv(q, k, v, causal) -> None:
-    for name, t, layout in (("q", q, "(B, H, Tq, D)"), ("k", k, "(B, H, Tk, D)"), ("v", v, "(B, H, Tk, Dv)")):
-        if t.dim() != 4:
-            raise ValueError(f"{_OP}: {name} must be {layout}; got shape {tuple(t.shape)}")
-    if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"{_OP}: q, k and v must have the same floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
-    if k.device != q.device or v.device != q.device:
-        raise ValueError(f"{_OP}: q, k and v must be on the same device; got {q.device}, {k.device}, {v.device}")
+    check_tokens(_OP, q, k, v, ("(B, H, Tq, D)", "(B, H, Tk, D)", "(B, H, Tk, Dv)"))
     if k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
         raise ValueError(f"{_OP}: k must be (B, H, Tk, D) with q's B, H, D of {tuple(q.shape)}; got {tuple(k.shape)}")
     if v.shape[:3] != k.shape[:3]:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from .._backend import choose
-from .._registry import autocast, create_graph, direct, kernel, needs_grad, register, transformed
+from .._registry import autocast, create_graph, direct, kernel, needs_grad, reference_if_transformed, register
 from ..kernels.quant_linear import quant_linear_ref
 from ..quant import PackedWeight
 
@@ -179,9 +179,7 @@ def quant_linear(
     """
     x, residual = autocast(x.device.type, x, residual)
     _check(x, packed, bias, activation, residual)
-    backend = choose(_OP, "reference" if impl is None and transformed() else impl, x)
-    if backend != "reference" and transformed():
-        raise ValueError(f"{_OP}: impl={impl!r} can't serve torch.func, forward-mode AD or torch.jit.trace")
+    backend = choose(_OP, reference_if_transformed(_OP, impl), x)
     if backend == "reference":
         if not dynamic_int8 or not needs_grad(x, bias, residual):
             return _reference(x, packed, bias, activation, residual, dynamic_int8)

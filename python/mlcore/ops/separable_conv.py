@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .._backend import choose
-from .._registry import autocast, create_graph, direct, kernel, needs_grad, register, transformed
+from .._registry import autocast, create_graph, direct, kernel, needs_grad, reference_if_transformed, register
 from ..kernels.separable_conv import separable_conv_ref as ref
 
 _OP = "separable_conv"
@@ -289,16 +289,7 @@ def _check(x, depthwise_weight, pointwise_shape, depthwise_bias, pointwise_bias,
                 f"{op}: depthwise_weight must be (C * multiplier, 1, KH, KW) with C = {C} >= 1; got {tuple(shape)}"
             )
         hidden = shape[0]
-    if (
-        len(pointwise_shape) not in (2, 4)
-        or pointwise_shape[1] != hidden
-        or 0 in pointwise_shape
-        or pointwise_shape[2:]
-        not in (
-            (),
-            (1, 1),
-        )
-    ):
+    if pointwise_shape[2:] not in ((), (1, 1)) or pointwise_shape[1:2] != (hidden,) or 0 in pointwise_shape:
         raise ValueError(f"{op}: pointwise_weight must be (J, {hidden}, 1, 1); got {tuple(pointwise_shape)}")
     vectors = [("depthwise_bias", depthwise_bias, hidden), ("pointwise_bias", pointwise_bias, pointwise_shape[0])]
     vectors += [] if norm is None else [(f"norm.{n}", getattr(norm, n), hidden) for n in norm._fields[:4]]
@@ -390,9 +381,7 @@ def separable_conv2d(
     _check(x, depthwise_weight, shape, depthwise_bias, pointwise_bias, norm, residual)
     numbers = _numbers(x, depthwise_weight, stride, padding, dilation)
     f, g = _code("activation", activation), _code("pointwise_activation", pointwise_activation)
-    backend = choose(_OP, "reference" if impl is None and transformed() else impl, x)
-    if backend != "reference" and transformed():
-        raise ValueError(f"separable_conv2d: impl={impl!r} can't serve torch.func, forward-mode AD or torch.jit.trace")
+    backend = choose(_OP, reference_if_transformed("separable_conv2d", impl), x)
     depthwise = None if depthwise_weight is None else depthwise_weight.squeeze(1)
     if depthwise is None:  # then stride and padding are torch's, with their gradients
         top, bottom, left, right = numbers[4:]
