@@ -11,10 +11,6 @@ constexpr int kAftBlock = 1024;     // tokens of a call of key_block and query_b
 constexpr int kAftItems = 16;       // (b, h) whose gradients of a bias tile are summed at once
 constexpr float kAftReach = 56.0f;  // README.md: what may lie between a sum's scale and its largest term, as exponents of e
 
-struct AftRange {
-  int64_t begin, end;
-};
-
 struct AftProblem {
   int64_t B, H, T, S, D;
   int64_t window, bias_heads, columns;  // columns: of the band, 0 without
@@ -55,24 +51,6 @@ struct AftProblem {
   bool near_only() const { return biased && window == 0; }  // no sums over what is outside
   bool needs_ahead() const { return !near_only() && !(causal && backward); }
   bool needs_behind() const { return !near_only() && (causal ? backward : window > 0); }
-
-  // The sources whose weights for sinks [x, x + group) are not all exp(k): [begin, end), begin a multiple of group.
-  AftRange near_range(int64_t x) const {
-    const int64_t n = sources(), most = groups() * group, s = window;
-    const auto down = [&](int64_t i) { return i <= 0 ? 0 : i / group * group; };
-    int64_t begin, end;
-    if (near_only()) {
-      begin = causal && backward ? x : 0, end = causal && !backward ? x + group : n;
-    } else if (s == 0 && !causal) {
-      begin = end = most;
-    } else {
-      begin = causal && backward ? x : down(x - s + 1);
-      end = causal && !backward ? x + group : down(x + group - 1 + s + group - 1);
-    }
-    begin = begin < most ? begin : most;
-    end = end < n ? end : n;
-    return {begin, end < begin ? begin : end};
-  }
 };
 
 struct AftKernels {

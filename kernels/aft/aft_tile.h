@@ -248,6 +248,28 @@ inline void load_sources(const AftProblem& p, int64_t item, int64_t y, int n, bo
   if (products) weigh_keys(p, item, n, w);
 }
 
+struct Range {
+  int64_t begin, end;
+};
+
+// The sources whose weights for sinks [x, x + group) are not all exp(k): [begin, end), begin a multiple of group.
+inline Range near_range(const AftProblem& p, int64_t x) {
+  const int64_t n = p.sources(), most = p.groups() * p.group, s = p.window;
+  const auto down = [&](int64_t i) { return i <= 0 ? 0 : i / p.group * p.group; };
+  const bool ahead_only = p.causal && p.backward, behind_only = p.causal && !p.backward;
+  int64_t begin, end;
+  if (p.near_only()) {
+    begin = ahead_only ? x : 0, end = behind_only ? x + p.group : n;
+  } else if (s == 0 && !p.causal) {
+    begin = end = most;
+  } else {
+    begin = ahead_only ? x : down(x - s + 1);
+    end = behind_only ? x + p.group : down(x + p.group - 1 + s + p.group - 1);
+  }
+  begin = min(begin, most), end = min(end, n);
+  return {begin, max(begin, end)};
+}
+
 // Into w.acc the sums over all sources of e^(z + w) (p1 | p2) for the sinks [x0, x1). In forward relative to e^top by products,
 // else to e^w.peak; in backward lacking the sinks' own exponentials by products, else whole.
 inline void gather(const AftProblem& p, int64_t item, int64_t x0, int64_t x1, bool products, const AftWork& w) {
@@ -257,16 +279,16 @@ inline void gather(const AftProblem& p, int64_t item, int64_t x0, int64_t x1, bo
   if (p.backward && !products) load_sinks(p, item, x0, static_cast<int>(x1 - x0), w);
   // fn(first sink of a group, its number of sinks, its near sources)
   const auto each_group = [&](auto&& fn) {
-    for (int64_t x = x0; x < x1; x += p.group) fn(x, static_cast<int>(min(p.group, x1 - x)), p.near_range(x));
+    for (int64_t x = x0; x < x1; x += p.group) fn(x, static_cast<int>(min(p.group, x1 - x)), near_range(p, x));
   };
   int64_t begin = n_sources, end = 0;
-  each_group([&](int64_t, int, AftRange near) {
+  each_group([&](int64_t, int, Range near) {
     if (near.begin < near.end) begin = min(begin, near.begin), end = max(end, near.end);
   });
   for (int64_t y = begin / kRows * kRows; y < end; y += kRows) {
     const int n = static_cast<int>(min<int64_t>(kRows, n_sources - y));
     load_sources(p, item, y, n, products, w);
-    each_group([&](int64_t x, int nx, AftRange near) {
+    each_group([&](int64_t x, int nx, Range near) {
       const int64_t a = max(near.begin, y), b = min(near.end, y + n);
       if (a >= b) return;
       const int ny = static_cast<int>(b - a);
@@ -278,7 +300,7 @@ inline void gather(const AftProblem& p, int64_t item, int64_t x0, int64_t x1, bo
                  : product<A::rows, Take::all>(nx, 2 * Dp, ny, w.weights, kRows, source, 2 * Dp, acc, 2 * Dp, Into::add);
     });
   }
-  each_group([&](int64_t x, int nx, AftRange near) {
+  each_group([&](int64_t x, int nx, Range near) {
     const int64_t first = item * (p.groups() + 1);
     if (p.ahead) add_far(p, item, x0, x, nx, p.ahead + (first + near.begin / p.group) * 3 * Dp, products, w);
     if (p.behind) add_far(p, item, x0, x, nx, p.behind + (first + ceil_div(near.end, p.group)) * 3 * Dp, products, w);
