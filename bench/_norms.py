@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import harness
 import torch
 from harness import Group, relative_error
 
@@ -78,7 +79,7 @@ def make_group(problem: Problem, dtype: torch.dtype, biased: bool, ours: Callabl
 
     calls = {"mlcore": call_of(ours), "torch": call_of(add_then_norm)}
     if compiled:
-        calls["torch (compiled)"] = call_of(torch.compile(add_then_norm, dynamic=False))
+        calls["torch (compiled)"] = call_of(harness.compiled(add_then_norm))
     want = [t.detach() for t in call_of(add_then_norm, torch.Tensor.double)()]
 
     def check(row, got):

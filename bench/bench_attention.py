@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
@@ -129,8 +130,7 @@ def compiled_flex(problem: Problem):
         "padding": lambda b, h, i, j: j < lengths[b],
     }[problem.kind]
     blocks = rule and create_block_mask(rule, problem.shape[0] if problem.kind == "padding" else None, None, T, T, device="cpu")
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return functools.partial(compiled, block_mask=blocks, enable_gqa=bool(problem.kv_heads))
+    return functools.partial(harness.compiled(flex_attention), block_mask=blocks, enable_gqa=bool(problem.kv_heads))
 
 
 def make_group(problem: Problem, dtype: torch.dtype, compiled: bool) -> Group:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
@@ -158,7 +159,7 @@ def compiled_flex(problem: Problem):
 
     T = problem.shape[2]
     blocks = create_block_mask(problem.rule(), None, None, T, T, device="cpu")
-    return functools.partial(torch.compile(flex_attention, dynamic=False), block_mask=blocks)
+    return functools.partial(harness.compiled(flex_attention), block_mask=blocks)
 
 
 def make_group(problem: Problem, dtype: torch.dtype, compiled: bool) -> Group:

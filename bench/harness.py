@@ -164,6 +164,15 @@ def _rates(machine: dict, group: Group, seconds: float) -> dict:
     return {}
 
 
+def compiled(function: Callable, **options) -> Callable:
+    """torch.compile for the shapes of one group. Past its limit of recompilations it would run the function uncompiled, without
+    a word: every group starts from an empty cache, and reaching the limit is an error.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(function, dynamic=False, **options)
+
+
 def _sample(call: Callable[[], object], calls: int, sync: Callable[[], object]) -> float:
     sync()
     start = time.perf_counter()

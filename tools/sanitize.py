@@ -13,8 +13,8 @@ import sys
 import variant
 
 # tests/ops runs every level by itself. Left out are tests that start interpreters, each of which takes 20 s to import torch,
-# and those of GPU code, which is built apart and without the sanitizers.
-TESTS = ["tests/native/test_binding.py", "tests/ops", "--ignore-glob=*_gpu_code.py"]
+# those of GPU code, which is built apart and without the sanitizers, and those of graphs around kernels.
+TESTS = ["tests/native/test_binding.py", "tests/ops", "--ignore-glob=*_gpu_code.py", "-m", "not graph"]
 
 
 def runtimes() -> list[str]:

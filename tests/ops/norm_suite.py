@@ -233,6 +233,7 @@ class NormSuite:
         unused = torch.autograd.grad(self.call(x, *vectors).detach().sum() + x.sum(), leaves, allow_unused=True)
         assert unused[0] is not None and unused[1] is None
 
+    @pytest.mark.graph
     def test_compiles_and_exports(self, impl):
         def arguments(*shape):
             x, *vectors, residual = self.make(shape, F32, residual=True, device=testing.device_of(impl)).values()

@@ -246,6 +246,7 @@ def test_empty(shape):
     assert (o == 0).all() and torch.autograd.grad(o.sum(), no_keys)[0].shape == no_keys.shape
 
 
+@pytest.mark.graph
 @pytest.mark.parametrize("kind", ["simple", "full", "local", "conv"])
 def test_registered_ops(kind):
     inputs, options = make(kind, (2, 2, 20, 6))
@@ -255,6 +256,7 @@ def test_registered_ops(kind):
     testing.check_op(_bwd, (*tensors, *kept, torch.randn_like(o), kind != "simple", "cpu"))
 
 
+@pytest.mark.graph
 @pytest.mark.parametrize("kind", ["simple", "full", "conv"])
 def test_compiles_as_one_graph(kind):
     def leaves(shape):

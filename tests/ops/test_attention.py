@@ -224,6 +224,7 @@ def test_isa_levels_agree():
         torch.testing.assert_close(r, results[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.graph
 def test_registered_ops():
     q, k, v = qkv(SMALL).values()
     numbers = (0.2, 0.0, 0.0, "cpu")
@@ -241,6 +242,7 @@ def test_registered_ops():
             testing.check_op(_bwd, (q, k, v, *arguments, *numbers, *given))
 
 
+@pytest.mark.graph
 def test_compiles_and_exports():
     def layer(q, k, v, bias):
         return attention(q * 2, k, v, bias=bias, causal=True)

@@ -198,6 +198,7 @@ def test_padding_on_the_left(Tq):
     assert torch.equal(got, want)
 
 
+@pytest.mark.graph
 def test_registered_ops():
     q, k, v = tensors()
     lengths = torch.full((B,), T)

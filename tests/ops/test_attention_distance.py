@@ -145,6 +145,7 @@ def test_bits_do_not_depend_on_the_thread_count():
             assert torch.equal(got, want)
 
 
+@pytest.mark.graph
 def test_compiles_and_knows_autocast():
     def layer(q, k, v, table, slopes, sinks):
         relative = t5_relative(table, q.shape[2], k.shape[2])

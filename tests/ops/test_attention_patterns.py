@@ -343,6 +343,7 @@ def test_unseen_keys_may_hold_anything():
         assert torch.equal(got, want)
 
 
+@pytest.mark.graph
 def test_compiles_and_exports():
     local = Causal() & (Window(20, 0) | GlobalTokens(3))
 
@@ -355,6 +356,7 @@ def test_compiles_and_exports():
     testing.check_public(layer, arguments(33), arguments(70))
 
 
+@pytest.mark.graph
 def test_one_tensor_as_several_arguments_compiles():
     torch._dynamo.reset()
 
@@ -369,6 +371,7 @@ def test_one_tensor_as_several_arguments_compiles():
     torch.testing.assert_close(got, want)  # the three parts are added in another order
 
 
+@pytest.mark.graph
 def test_one_tensor_twice_in_a_pattern_compiles():
     def layer(q, k, v, cu):
         return attention(

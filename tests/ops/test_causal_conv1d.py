@@ -251,6 +251,7 @@ def test_bits_do_not_depend_on_threads_or_batch(layout):
         assert torch.equal(got, w[1:2])
 
 
+@pytest.mark.graph
 def test_registered_ops():
     inputs = make((2, 6, 10, 4), layout="channels_last", initial=True).values()
     ids, cu = torch.zeros(2, 10, dtype=torch.int32), torch.tensor([0, 4, 20], dtype=torch.int32)
@@ -262,6 +263,7 @@ def test_registered_ops():
     torch.library.opcheck(_update, (x, torch.zeros(1, 6, 3), weight, bias, None, None, 1, "cpu"))
 
 
+@pytest.mark.graph
 def test_compile_and_export():
     def fn(x, weight, bias):
         return causal_conv1d(x, weight, bias, activation="silu", return_final_states=True)

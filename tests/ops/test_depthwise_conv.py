@@ -205,6 +205,7 @@ def test_gradients_that_are_asked_for(layout, wanted):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.graph
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_registered_ops(layout):
     x, weight, bias = (t[:, :, None] if t.dim() == 4 else t for t in make(PROBLEMS[4], layout=layout).values())
@@ -216,6 +217,7 @@ def test_registered_ops(layout):
     testing.check_op(_bwd, (dy, x, weight, *numbers, True, False, "cpu"))
 
 
+@pytest.mark.graph
 def test_compile_and_export():
     def fn(x, weight, bias):
         return depthwise_conv2d(x, weight, bias, 2, 1)

@@ -186,6 +186,7 @@ def test_a_zero_denominator_gives_zero(name):
     assert (o[:, :, 10:20] == 0).all() and all(g.isfinite().all() for g in grads)
 
 
+@pytest.mark.graph
 def test_registered_ops():
     for variant in ("normalized", "vector gated delta"):
         inputs = make(variant, SMALL)
@@ -203,6 +204,7 @@ def test_registered_ops():
         testing.check_op(_step, (*one, inputs["initial_state"], *numbers[:2], "cpu"))
 
 
+@pytest.mark.graph
 @pytest.mark.parametrize("variant", ["normalized", "vector gated delta"])
 def test_compiles_as_one_graph(variant):
     def call(*tensors):
@@ -215,6 +217,7 @@ def test_compiles_as_one_graph(variant):
     testing.check_public(call, leaves((2, 3, 70, 20, 24)), leaves((3, 2, 131, 24, 20)), export=False)
 
 
+@pytest.mark.graph
 def test_compiled_step():
     inputs = make("gate", (2, 3, 1, 8, 6))
     state = inputs.pop("initial_state")

@@ -227,6 +227,7 @@ def test_op(dynamic_int8):
         testing.check_op(_dequantize, (x, *weight_args(packed), 5, 40, *numbers, "cpu"))
 
 
+@pytest.mark.graph
 @pytest.mark.parametrize("dynamic_int8", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_compile_and_export(activation, dynamic_int8):

@@ -216,6 +216,7 @@ def test_nan_and_empty_batch():
     assert y.shape == (0, 7, 13, 11) and torch.autograd.grad(y.sum(), empty)[0].shape == empty.shape
 
 
+@pytest.mark.graph
 def test_registered_ops():
     x, depthwise, pointwise, *_ = make(PROBLEMS[2]).values()
     weights, numbers = (x, depthwise[:, 0], None, None), [2, 2, 1, 1, 1, 1, 1, 1]
@@ -227,6 +228,7 @@ def test_registered_ops():
     testing.check_op(_bwd, (d, *weights, None, None, numbers, 3, "cpu"))
 
 
+@pytest.mark.graph
 def test_compile_and_second_derivatives():
     def fn(x, depthwise, pointwise):
         return separable_conv2d(x, depthwise, pointwise, padding=1, activation="silu")
