@@ -11,7 +11,9 @@ def binary_conv2d(b, weight_signs, scale, pixel_scale, bias, stride, dilation, p
     pad: (before, after) along H, then along W. pixel_scale: (B, Ho, Wo) or None.
     """
     top, bottom, left, right = pad
-    y = F.conv2d(F.pad(b, (left, right, top, bottom)), weight_signs.to(b.dtype), stride=stride, dilation=dilation)
+    O, weight = len(weight_signs), weight_signs.to(b.dtype)
+    filters = weight if O else weight.new_ones(1, *weight.shape[1:])  # torch takes no convolution without filters
+    y = F.conv2d(F.pad(b, (left, right, top, bottom)), filters, stride=stride, dilation=dilation)[:, :O]
     y = y * scale.to(b.dtype)[:, None, None]
     if pixel_scale is not None:
         y = y * pixel_scale.to(b.dtype)[:, None]
@@ -40,7 +42,7 @@ def to_planes(x):
 
 def pixels_to_taps(weight):
     """(O, C, kh, kw) to (O, kh * kw * C), the order of the packed weight."""
-    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def taps_to_planes(rows, C, kernel_size):

@@ -4,37 +4,18 @@ against the reference's.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from binary_suite import WAYS, signs, way
 
 import mlcore
 from mlcore import _C, testing
 from mlcore.ops import PackedSigns, binary_conv2d, pack_binary_conv, pack_pixels, unpack_signs
 from mlcore.ops.binary_conv2d import _fwd, _pack
 from mlcore.quant import pack_codes
-
-LEVELS = [name for name in testing.available("binary_conv2d") if name != "reference"]
-WAYS = LEVELS + [f"{name} without vpopcntdq" for name in LEVELS if "avx512" in name]
-
-
-@contextlib.contextmanager
-def way(name):
-    """An implementation, or "... without vpopcntdq"."""
-    level, _, without = name.partition(" ")
-    _C.binary_linear_allow_vpopcntdq(0 if without else 1)
-    try:
-        with testing.use(level) as impl:
-            yield impl
-    finally:
-        _C.binary_linear_allow_vpopcntdq(1)
-
-
-def signs(x):
-    return 1.0 - 2.0 * (x < 0).to(torch.float64)
 
 
 def image(*shape, last=False):
@@ -97,10 +78,10 @@ def test_padding_is_no_sign(name):
     assert torch.equal(y[0, 0], 40.0 * torch.tensor([[4, 6, 6, 4], [6, 9, 9, 6], [6, 9, 9, 6], [4, 6, 6, 4]]))
 
 
-def formula(x, w, bias, scaled, stride, padding, dilation):
-    """XNOR-Net in torch, for gradients by finite rules: signs are detached."""
+def formula(x, w, alpha, bias, scaled, stride, padding, dilation):
+    """XNOR-Net in torch."""
     y = F.conv2d(signs(x).to(x.dtype), signs(w).to(x.dtype), stride=stride, padding=padding, dilation=dilation)
-    y = y * w.abs().mean((1, 2, 3)).to(x.dtype)[:, None, None]
+    y = y * alpha.to(x.dtype)[:, None, None]
     if scaled:
         box = torch.full((1, 1, *w.shape[2:]), 1 / (w.shape[2] * w.shape[3]), dtype=x.dtype)
         y = y * F.conv2d(x.abs().mean(1, keepdim=True), box, stride=stride, padding=padding, dilation=dilation)
@@ -118,7 +99,7 @@ def test_matches_float64(name, dtype, scaled):
             return binary_conv2d(x, packed, bias, *geometry, kernel_size=(3, 2), activation_scale=scaled, impl=impl)
 
     def math(x, bias):
-        return formula(x, w, bias, scaled, *geometry)
+        return formula(x, w, packed.scales[:, 0].flatten()[:20], bias, scaled, *geometry)
 
     inputs = {"x": testing.make_input(2, 37, 9, 8, dtype=dtype), "bias": testing.make_input(20, dtype=dtype)}
     testing.check_numerics(ours, math, math, inputs, gradients=False)
@@ -224,7 +205,7 @@ def test_compile_and_export(scaled):
     def args(B, H):
         return torch.randn(B, 9, H, H + 1, requires_grad=True), torch.randn(20, requires_grad=True)
 
-    testing.check_public(fn, args(2, 7), args(3, 9))
+    testing.check_public(fn, args(5, 7), args(6, 11))
 
 
 def test_autocast_and_vmap():

@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
+from binary_suite import LEVELS, WAYS, signs, way
 
 import mlcore
 from mlcore import _C, testing
 from mlcore.ops import PackedSigns, binarize, binary_linear, pack_signs, unpack_signs
 from mlcore.ops.binary_linear import _fwd, _pack
 from mlcore.quant import pack, pack_codes
-
-LEVELS = [name for name in testing.available("binary_linear") if name != "reference"]
-
-
-@contextlib.contextmanager
-def way(name):
-    """An implementation, or "... without vpopcntdq"."""
-    level, _, without = name.partition(" ")
-    _C.binary_linear_allow_vpopcntdq(0 if without else 1)
-    try:
-        with testing.use(level) as impl:
-            yield impl
-    finally:
-        _C.binary_linear_allow_vpopcntdq(1)
-
-
-WAYS = LEVELS + [f"{name} without vpopcntdq" for name in LEVELS if "avx512" in name]
-
-
-def signs(x):
-    return 1 - 2 * (x < 0).long()
 
 
 def units(N, K):
@@ -58,7 +36,7 @@ def test_exact_for_many_shapes(name):
                     packed, w = units(N, K)
                     x = torch.randn(M, K)
                     x[0], x[-1] = w[0], -w[0]
-                    assert torch.equal(binary_linear(x, packed, impl=impl).long(), signs(x) @ w.T), (M, N, K)
+                    assert torch.equal(binary_linear(x, packed, impl=impl).long(), signs(x).long() @ w.T), (M, N, K)
 
 
 @pytest.mark.parametrize("name", WAYS)

@@ -6,10 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from ..ops import PackedSigns, binarize, binary_conv2d, pack_binary_conv
-from ..ops._straight_through import check_estimator
 from ..quant import PackedWeight
-from .binary_linear import check_binary, checked_weight, describe
-from .quant_linear import PackedModule
+from .binary_linear import PackedSignsModule, check_binary, describe
 
 
 class BinaryConv2d(torch.nn.Conv2d):
@@ -76,7 +74,7 @@ class BinaryConv2d(torch.nn.Conv2d):
         return f"{super().extra_repr()}, {describe(self)}"
 
 
-class PackedBinaryConv2d(PackedModule):
+class PackedBinaryConv2d(PackedSignsModule):
     """y = conv(sign(x), sign(w)) * scale * K + bias, counted in bits (mlcore.ops.binary_conv2d). The weight is fixed, bias can
     be trained, and gradients reach x.
 
@@ -104,18 +102,12 @@ class PackedBinaryConv2d(PackedModule):
         activation_scale: bool = False,
         estimator: str = "clipped",
     ) -> None:
-        super().__init__()
-        self.packed = checked_weight("PackedBinaryConv2d", packed, bias)
-        self.register_parameter("bias", None if bias is None else torch.nn.Parameter(bias))
-        check_estimator("PackedBinaryConv2d", estimator)
+        super().__init__(packed, bias, activation_scale, estimator)
         self.kernel_size, self.stride, self.padding, self.dilation = kernel_size, stride, padding, dilation
-        self.activation_scale, self.estimator = activation_scale, estimator
 
     def forward(self, x: torch.Tensor | PackedSigns, packed_output: bool = False) -> torch.Tensor | PackedSigns:
-        scaled = self.activation_scale and not isinstance(x, PackedSigns)
-        how = {"activation_scale": scaled, "estimator": self.estimator, "packed_output": packed_output}
         geometry = self.stride, self.padding, self.dilation
-        return binary_conv2d(x, self.packed, self.bias, *geometry, kernel_size=self.kernel_size, **how)
+        return binary_conv2d(x, self.packed, self.bias, *geometry, kernel_size=self.kernel_size, **self.how(x, packed_output))
 
     def extra_repr(self) -> str:
         geometry = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, dilation={self.dilation}"

@@ -85,7 +85,28 @@ def describe(layer) -> str:
     return ", ".join(words + ["real input"] * (not getattr(layer, "binary_input", True)))
 
 
-class PackedBinaryLinear(PackedModule):
+class PackedSignsModule(PackedModule):
+    """What layers with a binary weight share: the weight, a trainable bias, and how signs are taken of x."""
+
+    def __init__(self, packed: PackedWeight, bias: torch.Tensor | None, activation_scale: bool, estimator: str) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if packed.format != "binary":
+            raise ValueError(f"{name}: packed must have format 'binary'; got {packed.format!r}")
+        if bias is not None and bias.shape != packed.shape[:1]:
+            raise ValueError(f"{name}: bias must be ({packed.shape[0]},); got {tuple(bias.shape)}")
+        check_estimator(name, estimator)
+        self.packed = packed
+        self.register_parameter("bias", None if bias is None else torch.nn.Parameter(bias))
+        self.activation_scale, self.estimator = activation_scale, estimator
+
+    def how(self, x: torch.Tensor | PackedSigns, packed_output: bool) -> dict:
+        """Keyword arguments of the op; packed signs bring their scale."""
+        scaled = self.activation_scale and not isinstance(x, PackedSigns)
+        return {"activation_scale": scaled, "estimator": self.estimator, "packed_output": packed_output}
+
+
+class PackedBinaryLinear(PackedSignsModule):
     """y = (sign(x) · sign(w)) * scale * K + bias, counted in bits (mlcore.ops.binary_linear). The weight is fixed, bias can be
     trained, and gradients reach x.
 
@@ -100,33 +121,13 @@ class PackedBinaryLinear(PackedModule):
         ValueError: the weight isn't binary, bias has another shape, or an unknown estimator.
     """
 
-    def __init__(
-        self,
-        packed: PackedWeight,
-        bias: torch.Tensor | None = None,
-        *,
-        activation_scale: bool = False,
-        estimator: str = "clipped",
-    ) -> None:
-        super().__init__()
-        self.packed = checked_weight("PackedBinaryLinear", packed, bias)
-        self.register_parameter("bias", None if bias is None else torch.nn.Parameter(bias))
-        check_estimator("PackedBinaryLinear", estimator)
-        self.activation_scale, self.estimator = activation_scale, estimator
+    def __init__(self, packed: PackedWeight, bias: torch.Tensor | None = None, *, activation_scale: bool = False,
+                 estimator: str = "clipped") -> None:  # fmt: skip
+        super().__init__(packed, bias, activation_scale, estimator)
 
     def forward(self, x: torch.Tensor | PackedSigns, packed_output: bool = False) -> torch.Tensor | PackedSigns:
-        scaled = self.activation_scale and not isinstance(x, PackedSigns)
-        how = {"activation_scale": scaled, "estimator": self.estimator, "packed_output": packed_output}
-        return binary_linear(x, self.packed, self.bias, **how)
+        return binary_linear(x, self.packed, self.bias, **self.how(x, packed_output))
 
     def extra_repr(self) -> str:
         N, K = self.packed.shape
         return f"in_features={K}, out_features={N}, bias={self.bias is not None}, {describe(self)}"
-
-
-def checked_weight(name: str, packed: PackedWeight, bias: torch.Tensor | None) -> PackedWeight:
-    if packed.format != "binary":
-        raise ValueError(f"{name}: packed must have format 'binary'; got {packed.format!r}")
-    if bias is not None and bias.shape != packed.shape[:1]:
-        raise ValueError(f"{name}: bias must be ({packed.shape[0]},); got {tuple(bias.shape)}")
-    return packed

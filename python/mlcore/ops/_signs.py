@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from .._registry import direct, register
 from ..quant import PackedWeight
 from ..quant._layout import LAYOUTS, Geometry
+from ._straight_through import check_estimator
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +44,56 @@ class PackedSigns:
     @property
     def device(self) -> torch.device:
         return self.words.device
+
+
+def new_words(x: torch.Tensor, lead, features, scaled: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Memory for the words of rows of `features` signs, and for their scale."""
+    words = x.new_empty(*lead, -(-features // 32), dtype=torch.int32)
+    return words, x.new_empty(lead, dtype=torch.float32) if scaled else None
+
+
+def register_pack(op: str, run: Callable, rows: Callable) -> tuple[torch._ops.OpOverload, Callable]:
+    """mlcore::<op>_pack over run(x, scaled, impl) -> words, scale or None, with rows(x) -> (lead, features); and what calls
+    one of the two.
+    """
+
+    def all_there(x, words, scale):  # a schema has a fixed number of outputs
+        return words, x.new_empty(0, dtype=torch.float32) if scale is None else scale
+
+    def launch(x, scaled, impl):
+        return all_there(x, *run(x, scaled, impl))
+
+    def fake(x, scaled, impl):
+        return all_there(x, *new_words(x, *rows(x), scaled))
+
+    schema = f"{op}_pack(Tensor x, bool scaled, str impl) -> (Tensor words, Tensor scale)"
+    handle = register(schema, launch=launch, fake=fake)
+
+    def pack(x, scaled, impl):
+        if direct(x):
+            return run(x, scaled, impl)
+        words, scale = handle(x, scaled, impl)
+        return words, scale if scaled else None
+
+    return handle, pack
+
+
+def check_others(op: str, x, packed: PackedWeight, bias, scaled: bool, estimator: str, packed_output: bool, dtype) -> None:
+    """What binary ops ask of everything but shapes of x and the weight."""
+    check_estimator(op, estimator)
+    N = packed.shape[0]
+    if isinstance(x, PackedSigns):
+        if scaled:
+            raise ValueError(f"{op}: activation_scale belongs to the packing where x is packed; got activation_scale=True")
+    elif x.dtype not in FLOATS:
+        raise ValueError(f"{op}: x must be a floating-point tensor; got {x.dtype}")
+    if bias is not None and (bias.shape != (N,) or not bias.is_floating_point()):
+        raise ValueError(f"{op}: bias must be floating, ({N},); got {bias.dtype} {tuple(bias.shape)}")
+    if dtype is not None and (packed_output or dtype not in FLOATS[1:]):
+        raise ValueError(f"{op}: dtype must be None, or of a float result float32, bfloat16 or float16; got {dtype}")
+    for name, t in (("packed", packed.codes), ("bias", bias)):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{op}: {name} must be on {x.device} as x; got {t.device}")
 
 
 def check_weight(op: str, packed: PackedWeight, group_size: int) -> None:

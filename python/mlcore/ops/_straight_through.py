@@ -8,11 +8,11 @@ import torch
 
 
 def _identity(x):
-    return torch.ones_like(x)
+    return torch.ones_like(x.detach())
 
 
 def _clipped(x):
-    return (x.abs() <= 1).to(x.dtype)
+    return (x.detach().abs() <= 1).to(x.dtype)
 
 
 def _approx(x):
@@ -33,29 +33,27 @@ def check_estimator(op: str, estimator: str) -> None:
         raise ValueError(f"{op}: estimator must be {', '.join(ESTIMATORS)}; got {estimator!r}")
 
 
-class _Signs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, estimator):
-        ctx.estimator = estimator
-        ctx.save_for_backward(x)
-        return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy * ESTIMATORS[ctx.estimator](ctx.saved_tensors[0]), None
-
-
 class _Replaced(torch.autograd.Function):
-    """`rounded`, with the gradient of x where `open` is not 0."""
+    """`rounded`, with the gradient of x times `factor`, which may itself depend on x. Knows torch.func and forward-mode AD."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, x, rounded, open):
-        ctx.save_for_backward(open)
+    def forward(x, rounded, factor):
         return rounded.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[2])
+        ctx.save_for_forward(inputs[2])
 
     @staticmethod
     def backward(ctx, dy):
         return dy * ctx.saved_tensors[0], None, None
+
+    @staticmethod
+    def jvp(ctx, dx, drounded, dfactor):
+        return dx * ctx.saved_tensors[0]
 
 
 def binarize(x: torch.Tensor, estimator: str = "clipped") -> torch.Tensor:
@@ -74,7 +72,7 @@ def binarize(x: torch.Tensor, estimator: str = "clipped") -> torch.Tensor:
     """
     check_estimator("binarize", estimator)
     _check_floating("binarize", x)
-    return _Signs.apply(x, estimator)
+    return _Replaced.apply(x, torch.where(x.detach() < 0, -1.0, 1.0).to(x.dtype), ESTIMATORS[estimator](x))
 
 
 def ternarize(x: torch.Tensor, dim: int | tuple[int, ...] | None = None) -> torch.Tensor:
@@ -88,7 +86,7 @@ def ternarize(x: torch.Tensor, dim: int | tuple[int, ...] | None = None) -> torc
     _check_floating("ternarize", x)
     magnitude = x.detach().abs()
     rounded = x.detach().sign() * (magnitude > 0.7 * magnitude.mean(dim, keepdim=True))
-    return _Replaced.apply(x, rounded, _clipped(x.detach()))
+    return _Replaced.apply(x, rounded, _clipped(x))
 
 
 def dorefa_activations(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -112,7 +110,7 @@ def dorefa_weights(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _rounded(x, steps):
     inside = x.detach().clamp(0, 1)
-    return _Replaced.apply(x, (inside * steps).round() / steps, ((x >= 0) & (x <= 1)).to(x.dtype))
+    return _Replaced.apply(x, (inside * steps).round() / steps, (inside == x.detach()).to(x.dtype))
 
 
 def _steps(name, bits):

@@ -8,14 +8,23 @@ from collections.abc import Sequence
 import torch
 
 from .._backend import choose
-from .._registry import autocast, direct, kernel, needs_grad, reference_if_transformed, register
+from .._registry import autocast, create_graph, direct, kernel, needs_grad, reference_if_transformed, register
 from ..kernels.binary_conv2d import binary_conv2d_ref as ref
 from ..quant import PackedWeight, pack_codes
-from ._signs import PackedSigns, check_weight, signs_to_words, weight_signs, words_to_signs
-from ._straight_through import ESTIMATORS, binarize, check_estimator
+from ._signs import (
+    FLOATS,
+    PackedSigns,
+    check_others,
+    check_weight,
+    new_words,
+    register_pack,
+    signs_to_words,
+    weight_signs,
+    words_to_signs,
+)
+from ._straight_through import ESTIMATORS, binarize
 
 _OP = "binary_conv2d"
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _channels_last(x) -> bool:
@@ -26,21 +35,14 @@ def _channels_last(x) -> bool:
 def _run_pack(x, scaled, impl):
     B, C, H, W = x.shape
     x = x.contiguous(memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format)
-    words = x.new_empty(B, H, W, -(-C // 32), dtype=torch.int32)
-    scale = x.new_empty(B, H, W, dtype=torch.float32) if scaled else None
+    words, scale = new_words(x, (B, H, W), C, scaled)
     kernel(_OP, "pack", impl)(x, words, scale)
     return words, scale
 
 
-def _pack_launch(x, scaled, impl):
-    words, scale = _run_pack(x, scaled, impl)
-    return words, x.new_empty(0, dtype=torch.float32) if scale is None else scale
-
-
-def _pack_fake(x, scaled, impl):
+def _pixels(x):
     B, C, H, W = x.shape
-    scale = x.new_empty((B, H, W) if scaled else 0, dtype=torch.float32)
-    return x.new_empty(B, H, W, -(-C // 32), dtype=torch.int32), scale
+    return (B, H, W), C
 
 
 def _output_size(size, kernel_size, stride, dilation, pad):
@@ -65,8 +67,7 @@ def _run_fwd(words, codes, scales, pixel_scale, bias, O, C, kernel_size, stride,
     return y
 
 
-_pack = register("binary_conv2d_pack(Tensor x, bool scaled, str impl) -> (Tensor words, Tensor scale)", launch=_pack_launch,
-                 fake=_pack_fake)  # fmt: skip
+_pack, _packed = register_pack(_OP, _run_pack, _pixels)
 _fwd = register(
     "binary_conv2d_fwd(Tensor words, Tensor codes, Tensor scales, Tensor? pixel_scale, Tensor? bias, SymInt O, SymInt C,"
     " SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, SymInt[] pad, ScalarType dtype, bool channels_last, str impl)"
@@ -74,13 +75,6 @@ _fwd = register(
     launch=_run_fwd,
     fake=_fwd_fake,
 )
-
-
-def _packed(x, scaled, impl):
-    if direct(x):
-        return _run_pack(x, scaled, impl)
-    words, scale = _pack(x, scaled, impl)
-    return words, scale if scaled else None
 
 
 def _uncrop(size, pad):
@@ -110,6 +104,8 @@ class _BinaryConv2d(torch.autograd.Function):
         x, codes, scales, words, pixel_scale = ctx.saved_tensors
         O, kernel_size, *geometry = ctx.numbers
         estimator, impl = ctx.how
+        if create_graph():  # the reference's, which differentiates without end
+            return *_differentiable_gradients(ctx, dy), *(None,) * 8
         C, wide, g = x.shape[1], x.float(), dy.float()
         dx = dbias = None
         if ctx.needs_input_grad[1]:
@@ -130,17 +126,34 @@ class _BinaryConv2d(torch.autograd.Function):
         return dx, dbias, *(None,) * 8
 
 
-def _reference(x, packed, bias, C, numbers, scaled, estimator, dtype):
-    O, kernel_size = packed.shape[0], numbers[0]
+def _reference(x, packed, *others):
+    return _formula(x, packed.codes, packed.scales, packed.shape[0], *others)
+
+
+def _formula(x, codes, scales, O, bias, C, numbers, scaled, estimator, dtype):
+    kernel_size = numbers[0]
     if isinstance(x, PackedSigns):
         b, scale = ref.to_planes(words_to_signs(x.words, C)), x.scale
     else:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         b, scale = binarize(wide, estimator), wide.abs().mean(1) if scaled else None
-    signs = ref.taps_to_planes(weight_signs(packed.codes, *packed.shape, C), C, kernel_size)
+    signs = ref.taps_to_planes(weight_signs(codes, O, kernel_size[0] * kernel_size[1] * C, C), C, kernel_size)
     pixel_scale = None if scale is None else ref.window_mean(scale, *numbers)
-    alpha = packed.scales[:, 0].reshape(-1)[:O]
+    alpha = scales[:, 0].reshape(-1)[:O]
     return ref.binary_conv2d(b, signs, alpha, pixel_scale, bias, *numbers[1:], dtype)
+
+
+def _differentiable_gradients(ctx, dy):
+    """Of x and bias, with a graph."""
+    x, codes, scales, _, pixel_scale = ctx.saved_tensors
+    O, *numbers = ctx.numbers
+    with torch.enable_grad():
+        bias = dy.new_zeros(O, dtype=torch.float32).requires_grad_()  # its gradient doesn't depend on it
+        scaled, estimator = pixel_scale is not None, ctx.how[0]
+        y = _formula(x, codes, scales, O, bias, x.shape[1], numbers, scaled, estimator, dy.dtype)
+        leaves = [t for t, needed in zip((x, bias), ctx.needs_input_grad) if needed]
+        found = iter(torch.autograd.grad(y, leaves, dy, create_graph=True))
+    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad[:2])
 
 
 def _each(name, value, least):
@@ -181,26 +194,14 @@ def _check_weight(packed, kernel_size):
     return K // taps
 
 
-def _check(x, packed, bias, C, scaled, estimator, packed_output, dtype):
-    check_estimator(_OP, estimator)
-    O = packed.shape[0]
+def _check(x, C, *others):
     if isinstance(x, PackedSigns):
         if x.features != C or x.words.dim() != 4:
             got = f"{x.features} in {tuple(x.words.shape)}"
             raise ValueError(f"{_OP}: packed x must have words (B, H, W, ...) of the weight's C = {C} channels; got {got}")
-        if scaled:
-            raise ValueError(f"{_OP}: activation_scale belongs to pack_pixels where x is packed; got activation_scale=True")
     elif x.dim() != 4 or x.shape[1] != C:
         raise ValueError(f"{_OP}: x must be (B, C, H, W) or (C, H, W) with the weight's C = {C}; got {tuple(x.shape)}")
-    elif x.dtype not in _FLOATS:
-        raise ValueError(f"{_OP}: x must be a floating-point tensor; got {x.dtype}")
-    if bias is not None and (bias.shape != (O,) or not bias.is_floating_point()):
-        raise ValueError(f"{_OP}: bias must be floating, ({O},); got {bias.dtype} {tuple(bias.shape)}")
-    if dtype is not None and (packed_output or dtype not in _FLOATS[1:]):
-        raise ValueError(f"{_OP}: dtype must be None, or of a float result float32, bfloat16 or float16; got {dtype}")
-    for name, t in (("packed", packed.codes), ("bias", bias)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{_OP}: {name} must be on {x.device} as x; got {t.device}")
+    check_others(_OP, x, *others)
 
 
 def _checked_numbers(size, kernel_size, stride, padding, dilation):
@@ -252,7 +253,7 @@ def pack_pixels(x: torch.Tensor, *, scale: bool = False, impl: str | None = None
     Raises:
         ValueError: x isn't floating, (B, C, H, W), or impl can't serve the call.
     """
-    if x.dim() != 4 or x.dtype not in _FLOATS:
+    if x.dim() != 4 or x.dtype not in FLOATS:
         raise ValueError(f"pack_pixels: x must be floating, (B, C, H, W); got {x.dtype} {tuple(x.shape)}")
     C, x = x.shape[1], x.detach()
     backend = choose(_OP, reference_if_transformed(_OP, impl), x)
@@ -311,7 +312,7 @@ def binary_conv2d(
         (x,) = autocast(x.device.type, x)
     kernel_size = _each("kernel_size", kernel_size, 1)
     C = _check_weight(packed, kernel_size)
-    _check(x, packed, bias, C, activation_scale, estimator, packed_output, dtype)
+    _check(x, C, packed, bias, activation_scale, estimator, packed_output, dtype)
     numbers = _checked_numbers(x.words.shape[1:3] if given else x.shape[2:], kernel_size, stride, padding, dilation)
     recorded = needs_grad(None if given else x, bias)
     if packed_output and recorded:

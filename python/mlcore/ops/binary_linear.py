@@ -5,14 +5,23 @@ from __future__ import annotations
 import torch
 
 from .._backend import choose
-from .._registry import autocast, direct, kernel, needs_grad, reference_if_transformed, register
+from .._registry import autocast, create_graph, direct, kernel, needs_grad, reference_if_transformed, register
 from ..kernels.binary_linear import binary_linear_ref as ref
 from ..quant import PackedWeight
-from ._signs import PackedSigns, check_weight, signs_to_words, weight_signs, words_to_signs
-from ._straight_through import ESTIMATORS, binarize, check_estimator
+from ._signs import (
+    FLOATS,
+    PackedSigns,
+    check_others,
+    check_weight,
+    new_words,
+    register_pack,
+    signs_to_words,
+    weight_signs,
+    words_to_signs,
+)
+from ._straight_through import ESTIMATORS, binarize
 
 _OP = "binary_linear"
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _rows(x):
@@ -23,22 +32,11 @@ def _rows(x):
 
 
 def _run_pack(x, scaled, impl):
-    words = x.new_empty(*x.shape[:-1], -(-x.shape[-1] // 32), dtype=torch.int32)
-    scale = x.new_empty(x.shape[:-1], dtype=torch.float32) if scaled else None
+    words, scale = new_words(x, x.shape[:-1], x.shape[-1], scaled)
     rows = _rows(x)
     flat = None if scale is None else scale.view(-1)
     kernel(_OP, "pack", impl)(rows, words.view(rows.shape[0], words.shape[-1]), flat)
     return words, scale
-
-
-def _pack_launch(x, scaled, impl):
-    words, scale = _run_pack(x, scaled, impl)
-    return words, x.new_empty(0, dtype=torch.float32) if scale is None else scale
-
-
-def _pack_fake(x, scaled, impl):
-    scale = x.new_empty(x.shape[:-1] if scaled else 0, dtype=torch.float32)
-    return x.new_empty(*x.shape[:-1], -(-x.shape[-1] // 32), dtype=torch.int32), scale
 
 
 def _fwd_fake(words, codes, scales, row_scale, bias, N, K, dtype, impl):
@@ -54,21 +52,13 @@ def _run_fwd(words, codes, scales, row_scale, bias, N, K, dtype, impl):
     return y
 
 
-_pack = register("binary_linear_pack(Tensor x, bool scaled, str impl) -> (Tensor words, Tensor scale)", launch=_pack_launch,
-                 fake=_pack_fake)  # fmt: skip
+_pack, _packed = register_pack(_OP, _run_pack, lambda x: (x.shape[:-1], x.shape[-1]))
 _fwd = register(
     "binary_linear_fwd(Tensor words, Tensor codes, Tensor scales, Tensor? row_scale, Tensor? bias, SymInt N, SymInt K,"
     " ScalarType dtype, str impl) -> Tensor",
     launch=_run_fwd,
     fake=_fwd_fake,
 )
-
-
-def _packed(x, scaled, impl):
-    if direct(x):
-        return _run_pack(x, scaled, impl)
-    words, scale = _pack(x, scaled, impl)
-    return words, scale if scaled else None
 
 
 class _BinaryLinear(torch.autograd.Function):
@@ -83,6 +73,8 @@ class _BinaryLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, codes, scales, words, row_scale = ctx.saved_tensors
         N, estimator, impl = ctx.numbers
+        if create_graph():  # the reference's, which differentiates without end
+            return *_differentiable_gradients(ctx, dy), *(None,) * 7
         K, wide, g = x.shape[-1], x.float(), dy.float()
         dx = dbias = None
         if ctx.needs_input_grad[1]:
@@ -105,37 +97,40 @@ def _scales(packed):
 
 
 def _reference(x, packed, bias, scaled, estimator, dtype):
-    N, K = packed.shape
+    return _formula(x, packed.codes, _scales(packed), bias, *packed.shape, scaled, estimator, dtype)
+
+
+def _formula(x, codes, scales, bias, N, K, scaled, estimator, dtype):
     if isinstance(x, PackedSigns):
         b, row_scale = words_to_signs(x.words, K), x.scale
     else:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         b = binarize(wide, estimator)
         row_scale = wide.abs().sum(-1) / max(K, 1) if scaled else None
-    signs, scale = weight_signs(packed.codes, N, K, packed.group_size), _scales(packed).reshape(-1)[:N]
-    return ref.binary_linear(b, signs, scale, row_scale, bias, dtype)
+    return ref.binary_linear(b, weight_signs(codes, N, K, max(K, 1)), scales.reshape(-1)[:N], row_scale, bias, dtype)
 
 
-def _check(x, packed, bias, scaled, estimator, packed_output, dtype):
-    check_estimator(_OP, estimator)
-    N, K = packed.shape
+def _differentiable_gradients(ctx, dy):
+    """Of x and bias, with a graph."""
+    x, codes, scales, _, row_scale = ctx.saved_tensors
+    N, estimator, _ = ctx.numbers
+    with torch.enable_grad():
+        bias = dy.new_zeros(N, dtype=torch.float32).requires_grad_()  # its gradient doesn't depend on it
+        y = _formula(x, codes, scales, bias, N, x.shape[-1], row_scale is not None, estimator, dy.dtype)
+        leaves = [t for t, needed in zip((x, bias), ctx.needs_input_grad) if needed]
+        found = iter(torch.autograd.grad(y, leaves, dy, create_graph=True))
+    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad[:2])
+
+
+def _check(x, packed, *others):
+    K = packed.shape[1]
     check_weight(_OP, packed, max(K, 1))
     if isinstance(x, PackedSigns):
         if x.features != K:
             raise ValueError(f"{_OP}: x must have the weight's K = {K} features; got {x.features}")
-        if scaled:
-            raise ValueError(f"{_OP}: activation_scale belongs to pack_signs where x is packed; got activation_scale=True")
     elif x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"{_OP}: x must be (..., K) with the weight's K = {K}; got {tuple(x.shape)}")
-    elif x.dtype not in _FLOATS:
-        raise ValueError(f"{_OP}: x must be a floating-point tensor; got {x.dtype}")
-    if bias is not None and (bias.shape != (N,) or not bias.is_floating_point()):
-        raise ValueError(f"{_OP}: bias must be floating, ({N},); got {bias.dtype} {tuple(bias.shape)}")
-    if dtype is not None and (packed_output or dtype not in _FLOATS[1:]):
-        raise ValueError(f"{_OP}: dtype must be None, or of a float result float32, bfloat16 or float16; got {dtype}")
-    for name, t in (("packed", packed.codes), ("bias", bias)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{_OP}: {name} must be on {x.device} as x; got {t.device}")
+    check_others(_OP, x, packed, *others)
 
 
 def pack_signs(x: torch.Tensor, *, scale: bool = False, impl: str | None = None) -> PackedSigns:
@@ -149,7 +144,7 @@ def pack_signs(x: torch.Tensor, *, scale: bool = False, impl: str | None = None)
     Raises:
         ValueError: x isn't floating or has no dimension, or impl can't serve the call.
     """
-    if x.dim() < 1 or x.dtype not in _FLOATS:
+    if x.dim() < 1 or x.dtype not in FLOATS:
         raise ValueError(f"pack_signs: x must be floating, (..., K); got {x.dtype} {tuple(x.shape)}")
     K, x = x.shape[-1], x.detach()
     backend = choose(_OP, reference_if_transformed(_OP, impl), x)
