@@ -32,6 +32,7 @@ Isa parse(const char* name, const char* source) {
 
 constexpr int kUnset = -1;
 std::atomic<int> chosen{kUnset};
+std::atomic<bool> vpopcntdq_allowed{true};
 
 }  // namespace
 
@@ -47,6 +48,17 @@ bool avx512_is_emulated() {
   return false;
 #endif
 }
+
+bool has_vpopcntdq() {
+#if defined(MLC_BUILD_X86)
+  static const bool has = __builtin_cpu_supports("avx512vpopcntdq") && !avx512_is_emulated();
+  return has && vpopcntdq_allowed.load(std::memory_order_relaxed);
+#else
+  return false;
+#endif
+}
+
+void allow_vpopcntdq(bool allow) { vpopcntdq_allowed.store(allow); }
 
 Isa best_isa() {
   static const Isa best = detect();

@@ -15,6 +15,10 @@ void set_isa(const char* name);  // "" returns to the default; for tests and com
 // True when the AVX-512 kernels are compiled to emulated instructions (a build for tests on machines without AVX-512).
 bool avx512_is_emulated();
 
+// True where the AVX-512 kernels may count bits by VPOPCNTDQ: the machine has it, and tests have not forbidden it.
+bool has_vpopcntdq();
+void allow_vpopcntdq(bool allow);
+
 }  // namespace mlcore
 
 // MLC_KERNEL_TABLE(Type, name) declares name, an instance of Type compiled once per ISA, and name##_now(), the current one.

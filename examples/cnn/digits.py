@@ -55,10 +55,15 @@ def accuracy(model, x, y) -> float:
 
 
 def train(name: str, config: LectureCNNConfig, train_set, test_set, epochs: int, seed: int = 0):
-    """The trained model and its history: loss and test accuracy of every epoch. The last epoch counts, not the best one."""
+    """The trained model and its history."""
     torch.manual_seed(seed)
-    model, (x, y) = LectureCNN(config), train_set
-    batch = 64
+    model = LectureCNN(config)
+    return model, fit(name, model, train_set, test_set, epochs)
+
+
+def fit(name: str, model: torch.nn.Module, train_set, test_set, epochs: int):
+    """Trains the model. Loss and test accuracy of every epoch; the last epoch counts, not the best one."""
+    (x, y), batch = train_set, 64
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.02)
     steps = epochs * math.ceil(len(x) / batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
@@ -78,7 +83,7 @@ def train(name: str, config: LectureCNNConfig, train_set, test_set, epochs: int,
                 total += loss.item() * len(at)
             history.append((total / len(x), accuracy(model, *test_set)))
             progress.update(bar, advance=1, note=f"loss {history[-1][0]:.3f}, test accuracy {history[-1][1]:.2%}")
-    return model, history
+    return history
 
 
 def plot(histories, models, test_set, folder: Path) -> None:

@@ -5,6 +5,8 @@
 #include "mlcore/aft.h"
 #include "mlcore/api.h"
 #include "mlcore/attention.h"
+#include "mlcore/binary_conv2d.h"
+#include "mlcore/binary_linear.h"
 #include "mlcore/causal_conv1d.h"
 #include "mlcore/depthwise_conv.h"
 #include "mlcore/layer_norm.h"

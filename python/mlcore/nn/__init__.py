@@ -2,6 +2,8 @@
 
 from .alignment import AdditiveAttention, LocationAwareAttention, MonotonicAttention, guided_attention_loss
 from .attention_free import AttentionFree
+from .binary_conv2d import BinaryConv2d, PackedBinaryConv2d
+from .binary_linear import BinaryLinear, PackedBinaryLinear
 from .causal_conv1d import CausalConv1d
 from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d
 from .gathered_attention import ReformerAttention, RoutingAttention, SinkhornAttention
@@ -25,12 +27,15 @@ from .quant_linear import QuantLinear
 from .rms_norm import RMSNorm
 from .separable_conv import DepthwiseSeparableConv2d, PointwiseConv2d
 from .synthesizer_attention import SynthesizerAttention
+from .ternary_linear import TernaryLinear
 from .transformer import Transformer, TransformerDecoder, TransformerEncoder
 from .transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "AdditiveAttention",
     "AttentionFree",
+    "BinaryConv2d",
+    "BinaryLinear",
     "CausalConv1d",
     "CrossAttention",
     "DeltaNet",
@@ -53,6 +58,8 @@ __all__ = [
     "MixerBlock",
     "MonotonicAttention",
     "MultiheadAttention",
+    "PackedBinaryConv2d",
+    "PackedBinaryLinear",
     "PatternAttention",
     "PointwiseConv2d",
     "QuantEmbedding",
@@ -68,6 +75,7 @@ __all__ = [
     "SpatialGatingUnit",
     "StridedAttention",
     "SynthesizerAttention",
+    "TernaryLinear",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",

@@ -64,6 +64,12 @@ def _nearest(x: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
     return torch.bucketize(x, (book[1:] + book[:-1]) / 2)
 
 
+def _binary(weight, group_size):
+    counts = _grouped(torch.ones_like(weight), group_size).sum(2)
+    scales, signs = _grouped(weight.abs(), group_size).sum(2) / counts, weight.new_tensor([-1.0, 1.0])
+    return pack_codes((weight >= 0).byte(), scales, bits=1, group_size=group_size, codebook=signs, format="binary")
+
+
 def _cluster(x: torch.Tensor, entries: int, rounds: int = 25) -> torch.Tensor:
     """Lloyd's k-means in one dimension from evenly filled clusters: sorted centres (entries)."""
     x = x.flatten().float().sort().values
@@ -95,8 +101,9 @@ def pack(
 
     Args:
         weight: (N, K), floating and finite.
-        format: "int1" to "int8": evenly spaced; "ternary": -1, 0, 1; "nf4": QLoRA's 16 normal quantiles; "codebook": any 2 to
-            256 numbers, given or found by k-means (weight clustering, Han et al. 2016, "Deep Compression").
+        format: "int1" to "int8": evenly spaced; "ternary": -1, 0, 1; "binary": -1 and 1 times the mean
+            magnitude (Rastegari et al. 2016, "XNOR-Net"), -1 only below 0; "nf4": QLoRA's 16 normal quantiles; "codebook":
+            any 2 to 256 numbers, given or found by k-means (weight clustering, Han et al. 2016, "Deep Compression").
         group_size: weights along K that share a scale; any number from 1 on, it needn't divide K. None: a scale a row.
         symmetric: int formats: zero points only where False.
         entries: codebook: how many numbers k-means looks for; default 16.
@@ -118,6 +125,8 @@ def pack(
     weight = weight.detach().float()
     N, K = weight.shape
     size = max(K, 1) if group_size is None else min(group_size, max(K, 1))
+    if format == "binary":
+        return _binary(weight, size)
     if 0 in (N, K):
         bits = {"ternary": 2, "nf4": 4, "codebook": 4}.get(format) or _int_bits(format)
         book = weight.new_zeros(1, 2**bits) if format in ("nf4", "codebook") else None
@@ -156,7 +165,7 @@ def pack(
 def _int_bits(format: str) -> int:
     if len(format) == 4 and format.startswith("int") and format[3] in "12345678":
         return int(format[3])
-    raise ValueError(f'pack: format must be "int1" to "int8", "ternary", "nf4" or "codebook"; got {format!r}')
+    raise ValueError(f'pack: format must be "int1" to "int8", "ternary", "binary", "nf4" or "codebook"; got {format!r}')
 
 
 def unpack(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -9,7 +9,7 @@ import torch
 
 from ._layout import LAYOUTS, ROWS, Geometry, from_vectors, to_vectors
 
-FORMATS = ("int", "ternary", "codebook")
+FORMATS = ("int", "ternary", "codebook", "binary")  # a layer's state_dict has the number: append only
 TENSORS = ("codes", "scales", "zeros", "codebook")
 
 
@@ -31,7 +31,7 @@ class PackedWeight:
         codebook: (T, 2^bits) float32, or None; row n of W uses table n // ceil(N / T).
         shape: (N, K).
         bits, group_size, offset: as above.
-        format: "int", "ternary" or "codebook".
+        format: "int", "ternary", "codebook", or "binary": a codebook of -1 and 1.
         layout: how the codes lie; "panel16" is what the CPU kernels read.
 
     Raises:
@@ -58,7 +58,9 @@ class PackedWeight:
         _check(0 <= self.offset < 2**self.bits, f"offset must be a code, 0 to {2**self.bits - 1}; got {self.offset}")
         _check(self.format in FORMATS, f"format must be one of {', '.join(FORMATS)}; got {self.format!r}")
         _check(self.layout in LAYOUTS, f"layout must be one of {', '.join(LAYOUTS)}; got {self.layout!r}")
-        _check((self.codebook is not None) == (self.format == "codebook"), f"format {self.format!r} and codebook contradict")
+        with_codebook = self.format in ("codebook", "binary")
+        _check((self.codebook is not None) == with_codebook, f"format {self.format!r} and codebook contradict")
+        _check(self.format != "binary" or self.bits == 1, f"format 'binary' has 1 bit; got {self.bits}")
         _check(self.zeros is None or self.format == "int", f"zeros don't go with format {self.format!r}")
         g, tables = self.geometry, None
         if self.codebook is not None:
@@ -101,6 +103,8 @@ class PackedWeight:
         for name in ("scales", "codebook"):
             t = getattr(self, name)
             _check(t is None or bool(t.isfinite().all()), f"{name} must be finite; got NaN or infinity")
+        signs = self.format != "binary" or bool((self.codebook == self.codebook.new_tensor([-1.0, 1.0])).all())
+        _check(signs, "the codebook of format 'binary' must be -1, 1")
         return self
 
     def to(self, device) -> PackedWeight:
@@ -161,7 +165,7 @@ def pack_codes(
         zeros: (N, G), integers from 0 to 2^bits - 1: w = (code - zero) * scale.
         offset: the zero point of all weights where zeros is None; default 2^(bits - 1).
         codebook: (T, E) or (E), 2 to 2^bits entries, finite: w = codebook[code] * scale.
-        format: "int", "ternary" or "codebook"; default by the other arguments.
+        format: "int", "ternary", "codebook" or "binary"; default by the other arguments.
         layout: see PackedWeight.
 
     Raises:

@@ -1,0 +1,41 @@
+// What binary_conv2d.cc hands to the per-ISA kernels of binary_conv2d_cpu.inl: plain pointers and checked sizes.
+#pragma once
+#include "core/row_args.h"
+#include "core/sign_panels.h"
+
+namespace mlcore {
+
+struct BinaryConvPack {
+  const void* x;
+  Dtype dtype;
+  int64_t C, HW, words;
+  bool channels_last;
+  uint32_t* to;  // (B * HW, words)
+  float* scale;  // (B * HW) or null
+};
+
+struct BinaryConv {
+  SignPanels w;
+  const uint32_t* x;         // (B, H, W, channel_words)
+  const float* pixel_scale;  // (B * Ho * Wo) or null
+  int64_t C, H, W, Ho, Wo, kh, kw, sh, sw, dh, dw, ph, pw, channel_words;
+  int32_t* tap_counts;  // (panels, kh * kw, 16): bits that are set; what a tap of zeros differs in
+  void* y;
+  Dtype dtype;  // of y; i32: words of signs
+  bool channels_last;
+};
+
+// Pixels of y that an item takes at most: their words, their 64 columns of y and four panels of a usual weight (256 channels, 3
+// x 3) fill the L1.
+constexpr int64_t kConvPixels = 48;
+
+struct BinaryConvKernels {
+  void (*pack)(const BinaryConvPack&, int64_t image, int64_t pixel_begin, int64_t pixel_end);
+  void (*count_taps)(const BinaryConv&, int64_t panel);
+  // At most kConvPixels pixels of an image, times panels [panel_begin, panel_end); scratch: kConvPixels * w.words words.
+  void (*run)(const BinaryConv&, int64_t image, int64_t pixel_begin, int64_t pixel_end, int64_t panel_begin, int64_t panel_end,
+              uint32_t* scratch);
+};
+MLC_KERNEL_TABLE(BinaryConvKernels, binary_conv2d_kernels)
+
+}  // namespace mlcore
