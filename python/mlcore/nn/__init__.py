@@ -4,6 +4,7 @@ from .alignment import AdditiveAttention, LocationAwareAttention, MonotonicAtten
 from .attention_free import AttentionFree
 from .causal_conv1d import CausalConv1d
 from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d
+from .fake_quant import FakeQuantEmbedding, FakeQuantLinear
 from .gathered_attention import ReformerAttention, RoutingAttention, SinkhornAttention
 from .layer_norm import LayerNorm
 from .linear_attention import DeltaNet, GatedLinearAttention, LinearAttention, RandomFeatures, RetentionLayer
@@ -38,6 +39,8 @@ __all__ = [
     "DepthwiseConv2d",
     "DepthwiseConv3d",
     "DepthwiseSeparableConv2d",
+    "FakeQuantEmbedding",
+    "FakeQuantLinear",
     "FourierMixing",
     "GatedLinearAttention",
     "GatedMLP",
