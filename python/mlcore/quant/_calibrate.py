@@ -42,7 +42,7 @@ def _fitted(weight, bits, group_size, symmetric):
     return scales, torch.full_like(scales, 2 ** (bits - 1)) if zeros is None else zeros.float()
 
 
-def _best_scales(weight, bits, group_size, symmetric, importance=1.0, steps=40, least=0.5):
+def _best_scales(weight, bits, group_size, symmetric, importance=1.0, steps=25, least=0.5):
     """Scales and zero points whose codes have the least squared error in each group, over `steps` narrower ranges; importance
     (K) weighs the columns' errors.
     """
@@ -193,17 +193,17 @@ def pack_gptq(
     order = H.diagonal().argsort(descending=True, stable=True)
     H = H[order][:, order]
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True).float()
-    rest, codes = weight[:, order], torch.empty_like(weight)
-    scale, zero = (spread(t, size, K)[:, order] for t in (scales, zeros))
-    for begin in range(0, K, 64):  # what follows a block is made up for once a block
-        end = min(begin + 64, K)
-        lost = torch.empty_like(rest[:, begin:end])
+    rest, scale, zero = (t.T[order].contiguous() for t in (weight, spread(scales, size, K), spread(zeros, size, K)))  # (K, N)
+    divisor, codes, top = torch.where(scale == 0, 1.0, scale), torch.empty_like(rest), 2**bits - 1
+    for begin in range(0, K, 32):  # what follows a block is made up for once a block
+        end = min(begin + 32, K)
+        lost = torch.empty_like(rest[begin:end])
         for k in range(begin, end):
-            column, one = rest[:, k : k + 1], slice(k, k + 1)
-            codes[:, order[k]] = q = _codes(column, scale[:, one], zero[:, one], bits, 1).squeeze(1)
-            lost[:, k - begin] = (column.squeeze(1) - (q - zero[:, k]) * scale[:, k]) / upper[k, k]
-            rest[:, k:end] -= lost[:, k - begin, None] * upper[k, k:end]
-        rest[:, end:] -= lost @ upper[begin:end, end:]
+            codes[k] = q = (rest[k] / divisor[k]).round_().add_(zero[k]).clamp_(0, top)
+            lost[k - begin] = error = (rest[k] - (q - zero[k]) * scale[k]) / upper[k, k]
+            rest[k:end].addr_(upper[k, k:end], error, alpha=-1)
+        rest[end:] -= upper[begin:end, end:].T @ lost
+    codes = torch.empty_like(codes).index_copy_(0, order, codes).T
     return _finish(codes, scales, zeros, bits, size, symmetric).pack()
 
 
