@@ -12,6 +12,7 @@ import torch  # noqa: F401  first, so that its OpenMP runtime is the one in the 
 from . import nn, ops, patterns, quant
 from ._accelerate import accelerate
 from ._backend import explain, show_config
+from .qat import convert, prepare_qat
 from .quantization import QuantConfig, quantize
 
 __version__ = "0.1.0"
@@ -19,10 +20,12 @@ __all__ = [
     "QuantConfig",
     "__version__",
     "accelerate",
+    "convert",
     "explain",
     "nn",
     "ops",
     "patterns",
+    "prepare_qat",
     "quant",
     "quantize",
     "show_config",

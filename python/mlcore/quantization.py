@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from . import nn
-from .quant import PackedWeight, pack, pack_gptq, pack_mse
+from ._quant_report import LayerReport, QuantReport, layer_report
+from .quant import PackedWeight, pack_awq, pack_gptq
+from .quant._calibrate import rounded_hqq, rounded_mse, rounded_percentile
+from .quant._pack import Rounded, rounded
 
-_METHODS = ("round", "mse", "gptq")
+# What looks at nothing but the weight, and what needs the layer's inputs; all but "minmax" is for int formats.
+_WITHOUT_DATA = ("minmax", "percentile", "mse", "hqq")
+_WITH_DATA = ("gptq", "awq")
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How quantize() packs.
+    """How quantize() and prepare_qat() pack.
 
     Args:
         format, group_size, symmetric, entries: as mlcore.quant.pack's.
-        method: "round": to the nearest code; "mse": ranges clipped for the least squared error; "gptq": errors of a column made
-            up for by the next ones, for the inputs of quantize's batches. The last two are for int formats; embeddings, which
-            have no inputs to look at, are packed by "mse" then.
+        method: where ranges and codes come from. "minmax": all of a group's range, the nearest code; "percentile": the range's
+            tails cut; "mse": clipped for the least squared error; "hqq": half-quadratic splitting; "gptq": errors of a column
+            made up for by the next ones; "awq": columns with large inputs magnified, the layer gets an input_scale. The last
+            two look at the inputs that quantize's batches cause; embeddings, which have none, are packed by "mse" then. All but
+            "minmax" are for int formats; mlcore.quant.pack_* has the details.
+        percentile: of "percentile".
         dynamic_int8: linear layers round their input to int8 by rows; None: for format "int8" alone.
         embeddings: embedding tables too.
     """
@@ -32,72 +38,40 @@ class QuantConfig:
     group_size: int | None = 32
     symmetric: bool = True
     entries: int | None = None
-    method: str = "round"
+    method: str = "minmax"
+    percentile: float = 99.9
     dynamic_int8: bool | None = None
     embeddings: bool = False
 
-    def pack(self, weight: torch.Tensor, hessian: torch.Tensor | None = None) -> PackedWeight:
-        """The weight packed this way; hessian is what "gptq" needs."""
-        if self.method not in _METHODS:
-            raise ValueError(f"QuantConfig: method must be one of {', '.join(_METHODS)}; got {self.method!r}")
-        if self.method != "round":
-            if self.entries is not None:
-                raise ValueError(f"QuantConfig: entries belong to method 'round' and format 'codebook'; got {self.method!r}")
-            how = {"group_size": self.group_size, "symmetric": self.symmetric}
-            if hessian is None:
-                return pack_mse(weight, self.format, **how)
-            return pack_gptq(weight, hessian, self.format, **how)
-        return pack(weight, self.format, group_size=self.group_size, symmetric=self.symmetric, entries=self.entries)
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One layer: bytes of its weight, signal to quantization noise (dB), seconds a call; or why it was left as it was."""
-
-    name: str
-    bytes_before: int = 0
-    bytes_after: int = 0
-    sqnr_db: float = math.nan
-    seconds_before: float = math.nan
-    seconds_after: float = math.nan
-    skipped: str | None = None
-
-    def __str__(self) -> str:
-        if self.skipped is not None:
-            return f"{self.name}: left, {self.skipped}"
-        ratio = self.bytes_before / max(self.bytes_after, 1)
-        text = f"{self.name}: {self.bytes_before} -> {self.bytes_after} bytes ({ratio:.1f}x), SQNR {self.sqnr_db:.1f} dB"
-        if math.isnan(self.seconds_after):
-            return text
-        slower = "" if self.seconds_after <= self.seconds_before else ", slower than before"
-        return f"{text}, {self.seconds_before * 1e3:.3f} -> {self.seconds_after * 1e3:.3f} ms{slower}"
-
-
-@dataclass(frozen=True)
-class QuantReport:
-    """What quantize() did, layer by layer; print it."""
-
-    layers: list[LayerReport] = field(default_factory=list)
+    @property
+    def needs_data(self) -> bool:
+        return self.method in _WITH_DATA
 
     @property
-    def quantized(self) -> list[LayerReport]:
-        return [layer for layer in self.layers if layer.skipped is None]
+    def integer_inputs(self) -> bool:
+        return self.format == "int8" if self.dynamic_int8 is None else self.dynamic_int8
 
-    @property
-    def skipped(self) -> list[LayerReport]:
-        return [layer for layer in self.layers if layer.skipped is not None]
+    def rounded(self, weight: torch.Tensor) -> Rounded:
+        """The weight in codes, by a method without data ("mse" instead of one with)."""
+        if self.method not in _WITHOUT_DATA + _WITH_DATA:
+            raise ValueError(f"QuantConfig: method must be one of {', '.join(_WITHOUT_DATA + _WITH_DATA)}; got {self.method!r}")
+        how = {"format": self.format, "group_size": self.group_size, "symmetric": self.symmetric}
+        if self.method == "minmax":
+            return rounded(weight, **how, entries=self.entries)
+        if self.entries is not None:
+            raise ValueError(f"QuantConfig: entries belong to method 'minmax' and format 'codebook'; got {self.method!r}")
+        if self.method == "percentile":
+            return rounded_percentile(weight, **how, percentile=self.percentile)
+        return (rounded_hqq if self.method == "hqq" else rounded_mse)(weight, **how)
 
-    def __str__(self) -> str:
-        before, after = (sum(getattr(r, f"bytes_{when}") for r in self.quantized) for when in ("before", "after"))
-        head = f"quantized {len(self.quantized)} layers, left {len(self.skipped)}: {before} -> {after} bytes"
-        return "\n".join([head, *(f"  {layer}" for layer in self.layers)])
-
-
-def sqnr_db(weight: torch.Tensor, approximation: torch.Tensor) -> float:
-    """Signal to quantization noise ratio, 10 log10(|w|^2 / |w - w'|^2); infinite where nothing was lost."""
-    wide = weight.detach().double()
-    noise, signal = (wide - approximation.double()).square().sum().item(), wide.square().sum().item()
-    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+    def pack(self, weight: torch.Tensor, hessian: torch.Tensor | None = None) -> tuple[PackedWeight, torch.Tensor | None]:
+        """The weight packed this way, and the scale of its inputs or None; hessian is what "gptq" and "awq" need."""
+        if hessian is None or not self.needs_data:
+            return self.rounded(weight).pack(), None
+        how = {"group_size": self.group_size, "symmetric": self.symmetric}
+        if self.method == "awq":
+            return pack_awq(weight, hessian, self.format, **how, dynamic_int8=self.integer_inputs)
+        return pack_gptq(weight, hessian, self.format, **how), None
 
 
 # These read the weights of their parts themselves in inference.
@@ -131,36 +105,36 @@ def _reason(name, module, parent, config, owners) -> str | None:
     return None
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    """The fastest of a few calls."""
-    call()
-    best, end = math.inf, time.perf_counter() + 0.05
-    while time.perf_counter() < end or best == math.inf:
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
+KINDS = (torch.nn.Linear, torch.nn.Embedding)
 
 
-def _converted(module, config, hessian) -> torch.nn.Module:
-    packed = config.pack(module.weight, hessian)
+def choose(model, config, filter, caller) -> dict[str, str | None]:
+    """Of each linear and embedding layer: None where it is taken, else why it is left."""
+    if not isinstance(model, torch.nn.Module) or isinstance(model, KINDS):
+        raise ValueError(f"{caller}: model must be a torch.nn.Module around the layers; got {type(model).__name__}")
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    reasons: dict[str, str | None] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, KINDS):
+            continue
+        reasons[name] = _reason(name, module, model.get_submodule(name.rpartition(".")[0]), config, owners)
+        if reasons[name] is None and filter is not None and not filter(name, module):
+            reasons[name] = "the filter said no"
+    return reasons
+
+
+def low_bit(module, packed: PackedWeight, config: QuantConfig, input_scale=None) -> torch.nn.Module:
+    """The layer that takes module's place."""
     if isinstance(module, torch.nn.Embedding):
-        return nn.QuantEmbedding.from_packed(packed, module.weight.dtype).train(module.training)
-    dynamic = config.format == "int8" if config.dynamic_int8 is None else config.dynamic_int8
-    return nn.QuantLinear.from_packed(packed, module.bias, dynamic_int8=dynamic).train(module.training)
-
-
-def _report(name, module, layer, measure_rows) -> LayerReport:
-    weight = module.weight.detach()
-    sizes = weight.nbytes, layer.packed.nbytes, sqnr_db(weight, layer.packed.dequantize())
-    if measure_rows is None:
-        return LayerReport(name, *sizes)
-    if isinstance(module, torch.nn.Embedding):
-        x = torch.arange(measure_rows, device=weight.device) % len(weight)
+        layer = nn.QuantEmbedding.from_packed(packed, module.weight.dtype)
     else:
-        x = torch.randn(measure_rows, weight.shape[1], device=weight.device).to(weight.dtype)
-    with torch.no_grad():
-        return LayerReport(name, *sizes, _seconds(lambda: module(x)), _seconds(lambda: layer(x)))
+        how = {"dynamic_int8": config.integer_inputs, "input_scale": input_scale}
+        layer = nn.QuantLinear.from_packed(packed, module.bias, **how)
+    return layer.train(module.training)
 
 
 def _call(model: torch.nn.Module, batch) -> None:
@@ -206,8 +180,8 @@ def quantize(
         model: any module; its parts are replaced, so model itself must not be such a layer.
         config: how; default int4 in groups of 32.
         filter: filter(name, module) says whether a layer is taken.
-        batches: inputs of the model (a tensor, a tuple of arguments, or a mapping of them), for method "gptq": the model is run
-            on all of them first, and each layer keeps in_features^2 numbers meanwhile.
+        batches: inputs of the model (a tensor, a tuple of arguments, or a mapping of them), for methods "gptq" and "awq": the
+            model is run on all of them first, and each layer keeps in_features^2 numbers meanwhile.
         measure_rows: times each layer before and after with so many rows of input.
 
     Returns:
@@ -216,27 +190,13 @@ def quantize(
 
     Raises:
         ValueError: model is no torch.nn.Module or a layer itself, config breaks pack's rules, or batches come without "gptq" or
-            "gptq" without them.
+            "awq", or one of these without them.
     """
     config = config or QuantConfig()
-    if (batches is not None) != (config.method == "gptq"):
-        raise ValueError(f"quantize: batches and method 'gptq' belong together; got method {config.method!r}")
-    kinds = (torch.nn.Linear, torch.nn.Embedding)
-    if not isinstance(model, torch.nn.Module) or isinstance(model, kinds):
-        raise ValueError(f"quantize: model must be a torch.nn.Module around the layers; got {type(model).__name__}")
     config.pack(torch.zeros(1, 1))  # what is wrong with the config is said before anything is changed
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    reasons: dict[str, str | None] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, kinds):
-            continue
-        reasons[name] = _reason(name, module, model.get_submodule(name.rpartition(".")[0]), config, owners)
-        if reasons[name] is None and filter is not None and not filter(name, module):
-            reasons[name] = "the filter said no"
+    if (batches is not None) != config.needs_data:
+        raise ValueError(f"quantize: batches and method 'gptq' or 'awq' belong together; got method {config.method!r}")
+    reasons = choose(model, config, filter, "quantize")
     taken = {name: model.get_submodule(name) for name, reason in reasons.items() if reason is None}
     hessians = {}
     if batches is not None:
@@ -249,8 +209,8 @@ def quantize(
         if reason is not None:
             report.layers.append(LayerReport(name, skipped=reason))
             continue
-        layer = _converted(module, config, hessian)
-        report.layers.append(_report(name, module, layer, measure_rows))
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        packed, input_scale = config.pack(module.weight, hessian)
+        layer = low_bit(module, packed, config, input_scale)
+        report.layers.append(layer_report(name, module, packed, input_scale, layer, measure_rows))
+        model.set_submodule(name, layer)
     return report

@@ -203,7 +203,7 @@ def test_gptq_sees_the_inputs():
     """The outputs for inputs of 16 dimensions: GPTQ loses less than half of what rounding loses."""
     model, x = Correlated(), torch.randn(256, 16)
     want, errors = model(x), {}
-    for method in ("round", "mse", "gptq"):
+    for method in ("minmax", "mse", "gptq"):
         twin = copy.deepcopy(model)
         config = QuantConfig("int4", 32, method=method)
         batches = [x[:128], (x[128:],), {"x": x[:1], "scale": 0.5}] if method == "gptq" else None
@@ -212,13 +212,13 @@ def test_gptq_sees_the_inputs():
         errors[method] = (twin(x) - want).square().mean().item()
         left = {r.name: r.skipped for r in report.skipped}
         assert left.get("unused") == ("no batch reached it" if method == "gptq" else None)
-    assert errors["gptq"] < 0.5 * errors["round"]
-    assert errors["mse"] < 1.1 * errors["round"]
+    assert errors["gptq"] < 0.5 * errors["minmax"]
+    assert errors["mse"] < 1.1 * errors["minmax"]
 
 
 def test_batches_and_gptq_belong_together():
     for config, batches in ((QuantConfig(method="gptq"), None), (QuantConfig(), [torch.ones(1, 16)])):
-        with pytest.raises(ValueError, match="quantize: batches and method 'gptq' belong together"):
+        with pytest.raises(ValueError, match="quantize: batches and method 'gptq' or 'awq' belong together"):
             mlcore.quantize(Correlated(), config, batches=batches)
-    with pytest.raises(ValueError, match="method must be one of round, mse, gptq; got 'awq'"):
-        mlcore.quantize(Correlated(), QuantConfig(method="awq"))
+    with pytest.raises(ValueError, match="method must be one of minmax, percentile, mse, hqq, gptq, awq; got 'round'"):
+        mlcore.quantize(Correlated(), QuantConfig(method="round"))

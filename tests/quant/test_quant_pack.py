@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlcore._quant_report import sqnr_db
 from mlcore.quant import NF4, PackedWeight, pack, pack_codes, pack_gptq, pack_mse, unpack
-from mlcore.quantization import sqnr_db
 
 
 @settings(max_examples=80, deadline=None)

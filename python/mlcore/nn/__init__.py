@@ -6,6 +6,7 @@ from .binary_conv2d import BinaryConv2d, PackedBinaryConv2d
 from .binary_linear import BinaryLinear, PackedBinaryLinear
 from .causal_conv1d import CausalConv1d
 from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d
+from .fake_quant import FakeQuantEmbedding, FakeQuantLinear
 from .gathered_attention import ReformerAttention, RoutingAttention, SinkhornAttention
 from .layer_norm import LayerNorm
 from .linear_attention import DeltaNet, GatedLinearAttention, LinearAttention, RandomFeatures, RetentionLayer
@@ -43,6 +44,8 @@ __all__ = [
     "DepthwiseConv2d",
     "DepthwiseConv3d",
     "DepthwiseSeparableConv2d",
+    "FakeQuantEmbedding",
+    "FakeQuantLinear",
     "FourierMixing",
     "GatedLinearAttention",
     "GatedMLP",

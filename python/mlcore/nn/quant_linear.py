@@ -50,7 +50,7 @@ class PackedModule(torch.nn.Module):
                             layout=_LAYOUTS[layout])  # fmt: skip
 
     def _apply(self, fn, recurse=True):
-        kept = {name: t for name in ("scales", "codebook", "form") if (t := self._buffers[name]) is not None}
+        kept = {name: t for name in ("scales", "codebook", "form", "input_scale") if (t := self._buffers.get(name)) is not None}
         for name in kept:
             self._buffers[name] = None
         super()._apply(fn, recurse)
@@ -76,6 +76,12 @@ class PackedModule(torch.nn.Module):
             for name, t in fresh.items():
                 setattr(self, name, t)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+
+def _check_input_scale(scale: torch.Tensor, packed: PackedWeight) -> None:
+    K = packed.shape[1]
+    if scale.shape != (K,) or scale.dtype != torch.float32 or not bool(scale.isfinite().all()):
+        raise ValueError(f"QuantLinear: input_scale must be finite float32 ({K},); got {scale.dtype} {tuple(scale.shape)}")
 
 
 class QuantLinear(PackedModule):
@@ -111,10 +117,11 @@ class QuantLinear(PackedModule):
         packed = pack(linear.weight, format, group_size=group_size, symmetric=symmetric)
         self._build(packed, linear.bias, activation, dynamic_int8)
 
-    def _build(self, packed, bias, activation, dynamic_int8) -> None:
+    def _build(self, packed, bias, activation, dynamic_int8, input_scale=None) -> None:
         super().__init__()
         self.packed = packed
         self.register_parameter("bias", bias)
+        self.register_buffer("input_scale", input_scale)
         self.activation, self.dynamic_int8 = activation, dynamic_int8
 
     @classmethod
@@ -125,13 +132,18 @@ class QuantLinear(PackedModule):
         *,
         activation: str | None = None,
         dynamic_int8: bool = False,
+        input_scale: torch.Tensor | None = None,
     ) -> QuantLinear:
-        """The layer with this weight; a bias that is no Parameter becomes one."""
+        """The layer with this weight; a bias that is no Parameter becomes one. input_scale: (K) float32, finite; x is
+        multiplied by it first (mlcore.quant.pack_awq).
+        """
         if bias is not None and bias.shape != packed.shape[:1]:
             raise ValueError(f"QuantLinear: bias must be ({packed.shape[0]},); got {tuple(bias.shape)}")
+        if input_scale is not None:
+            _check_input_scale(input_scale, packed)
         layer = cls.__new__(cls)
         parameter = bias if bias is None or isinstance(bias, torch.nn.Parameter) else torch.nn.Parameter(bias)
-        layer._build(packed, parameter, activation, dynamic_int8)
+        layer._build(packed, parameter, activation, dynamic_int8, input_scale)
         return layer
 
     @classmethod
@@ -157,11 +169,26 @@ class QuantLinear(PackedModule):
     def out_features(self) -> int:
         return self.packed.shape[0]
 
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        if prefix + "form" in state_dict:
+            scale = state_dict.get(prefix + "input_scale")
+            try:
+                if scale is not None:
+                    _check_input_scale(scale, self.packed)
+                self.input_scale = None if scale is None else scale.to(self.codes.device, copy=True)
+            except ValueError as error:
+                rest[-1].append(f"{prefix}: {error}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if self.input_scale is not None:
+            x = x * self.input_scale.to(x.dtype)
         return quant_linear(x, self.packed, self.bias, self.activation, residual=residual, dynamic_int8=self.dynamic_int8)
 
     def extra_repr(self) -> str:
         p = self.packed
         parts = [f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"]
         parts.append(f"{p.format}, bits={p.bits}, group_size={p.group_size}")
-        return ", ".join(parts + ["zeros"] * (p.zeros is not None) + ["dynamic_int8"] * self.dynamic_int8)
+        parts += ["zeros"] * (p.zeros is not None) + ["dynamic_int8"] * self.dynamic_int8
+        return ", ".join(parts + ["input_scale"] * (self.input_scale is not None))

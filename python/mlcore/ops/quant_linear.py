@@ -147,6 +147,18 @@ def _check(x, packed, bias, activation, residual):
             raise ValueError(f"{_OP}: {name} must be on {x.device} as x; got {t.device}")
 
 
+def round_rows(x: torch.Tensor) -> torch.Tensor:
+    """x as quant_linear with dynamic_int8 sees it, in float32; gradients go straight through."""
+    whole, step = quant_linear_ref.quantize_rows(x.float())
+    return _StraightThrough.apply(x.float(), (whole * step).detach())
+
+
+def round_codebook(codebook: torch.Tensor) -> torch.Tensor:
+    """A codebook as quant_linear with dynamic_int8 sees it."""
+    whole, step = quant_linear_ref.round_codebook(codebook)
+    return whole * step
+
+
 def quant_linear(
     x: torch.Tensor,
     packed: PackedWeight,

@@ -1,8 +1,9 @@
-"""pack: floating weights to a PackedWeight by rounding. Methods that look at data (GPTQ, ...) end in pack_codes instead."""
+"""pack: floating weights to a PackedWeight by rounding. Methods that look further (GPTQ, ...) are in _calibrate.py."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -14,6 +15,35 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight in codes that don't lie in any layout yet: what pack_codes takes, under its names."""
+
+    codes: torch.Tensor  # (N, K), whole numbers in any dtype
+    scales: torch.Tensor  # (N, G) float32
+    bits: int
+    group_size: int
+    zeros: torch.Tensor | None = None  # (N, G)
+    offset: int | None = None
+    codebook: torch.Tensor | None = None  # (T, E)
+    format: str | None = None
+
+    def pack(self) -> PackedWeight:
+        parts = vars(self) | {"codes": self.codes.to(torch.uint8)}
+        return pack_codes(**parts | {"zeros": None if self.zeros is None else self.zeros.to(torch.uint8)})
+
+    def dequantize(self) -> torch.Tensor:
+        """(N, K) float32: to the bit what pack().dequantize() gives."""
+        K = self.codes.shape[1]
+        if self.codebook is not None:
+            rows = torch.arange(len(self.codes), device=self.codes.device)
+            whole = self.codebook[(rows // -(-max(len(rows), 1) // len(self.codebook)))[:, None], self.codes.long()]
+        else:
+            half = 2 ** (self.bits - 1) if self.offset is None else self.offset
+            whole = self.codes.float() - (half if self.zeros is None else spread(self.zeros.float(), self.group_size, K))
+        return whole * spread(self.scales, self.group_size, K)
 
 
 def _grouped(weight: torch.Tensor, group_size: int, fill: float = 0.0) -> torch.Tensor:
@@ -114,6 +144,11 @@ def pack(
     Raises:
         ValueError: one of these rules is broken.
     """
+    return rounded(weight, format, group_size, symmetric, entries, codebook, tables).pack()
+
+
+def rounded(weight, format="int4", group_size=None, symmetric=True, entries=None, codebook=None, tables=1) -> Rounded:
+    """pack() before the codes are laid out."""
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"pack: weight must be floating, (N, K); got {weight.dtype} {tuple(weight.shape)}")
     if not bool(weight.isfinite().all()):
@@ -133,10 +168,10 @@ def pack(
         kind, offset = ("ternary", 1) if format == "ternary" else (None, None)
         scales = weight.new_ones(N, -(-K // size))
         codes = weight.to(torch.uint8)
-        return pack_codes(codes, scales, bits=bits, group_size=size, codebook=book, format=kind, offset=offset)
+        return Rounded(codes, scales, bits, size, codebook=book, format=kind, offset=offset)
     if format == "ternary":
         codes, scales = _ternary(weight, size)
-        return pack_codes(codes.to(torch.uint8), scales, bits=2, group_size=size, offset=1, format="ternary")
+        return Rounded(codes, scales, 2, size, offset=1, format="ternary")
     if format == "nf4":
         codebook, scaled = torch.tensor(NF4, device=weight.device), True
     elif format == "codebook":
@@ -144,7 +179,7 @@ def pack(
     else:
         bits = _int_bits(format)
         codes, scales, zeros = (_symmetric if symmetric else _asymmetric)(weight, bits, size)
-        return pack_codes(codes.to(torch.uint8), scales, bits=bits, group_size=size, zeros=zeros)
+        return Rounded(codes, scales, bits, size, zeros)
     scales = _grouped(weight, size).abs().amax(2) if scaled else weight.new_ones(N, 1)
     unit = _quotient(weight, scales, size)
     if codebook is None:
@@ -159,7 +194,7 @@ def pack(
         raise ValueError(f"pack: codebook must be (T, E), 1 <= T <= {N}, 2 <= E <= 256; got {tuple(codebook.shape)}")
     codes = torch.cat([_nearest(rows.contiguous(), b) for rows, b in zip(unit.split(-(-N // len(books))), books)])
     bits = max(1, math.ceil(math.log2(books.shape[1])))
-    return pack_codes(codes.to(torch.uint8), scales, bits=bits, group_size=size, codebook=books)
+    return Rounded(codes, scales, bits, size, codebook=books)
 
 
 def _int_bits(format: str) -> int:

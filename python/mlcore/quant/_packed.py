@@ -204,3 +204,24 @@ def pack_codes(
         format or ("int" if codebook is None else "codebook"),
         layout,
     ).check_finite()
+
+
+def concatenate(weights: list[PackedWeight]) -> PackedWeight:
+    """The rows of several weights of one K and one format in one weight: y of it is their y side by side.
+
+    Raises:
+        ValueError: no weights, or they differ in K, bits, group_size, offset, format, zero points or codebook.
+    """
+    _check(len(weights) > 0, "concatenate needs at least one weight")
+    first = weights[0]
+    for other in weights[1:]:
+        for name in ("bits", "group_size", "offset", "format", "layout"):
+            a, b = getattr(first, name), getattr(other, name)
+            _check(a == b, f"concatenate needs one {name}; got {a} and {b}")
+        _check(first.shape[1] == other.shape[1], f"concatenate needs one K; got {first.shape[1]} and {other.shape[1]}")
+        _check((first.zeros is None) == (other.zeros is None), "concatenate needs zero points in all or none")
+        same = first.codebook is None or (len(first.codebook) == 1 and torch.equal(first.codebook, other.codebook))
+        _check(same, "concatenate needs one codebook, the same for all rows")
+    codes, scales, zeros = zip(*(weight.unpack() for weight in weights))
+    how = {name: getattr(first, name) for name in ("bits", "group_size", "offset", "format", "layout", "codebook")}
+    return pack_codes(torch.cat(codes), torch.cat(scales), zeros=None if zeros[0] is None else torch.cat(zeros), **how)

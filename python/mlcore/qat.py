@@ -1,0 +1,89 @@
+"""Quantization-aware training: prepare_qat(model, config), train as ever, convert(model)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from . import nn
+from ._quant_report import LayerReport, QuantReport, layer_report
+from .quantization import QuantConfig, choose, low_bit
+
+_FAKE = {torch.nn.Linear: nn.FakeQuantLinear, torch.nn.Embedding: nn.FakeQuantEmbedding}
+
+
+def prepare_qat(
+    model: torch.nn.Module,
+    config: QuantConfig | None = None,
+    filter: Callable[[str, torch.nn.Module], bool] | None = None,
+    *,
+    learn_scales: bool = False,
+) -> QuantReport:
+    """Makes linear (and, if the config says so, embedding) layers of a model compute what their low-bit successors will, in
+    place: each call rounds the weight, and the input where the config asks for integer inputs; gradients go straight through.
+
+    A layer keeps its identity, parameters, hooks and state_dict keys; only its class changes, so that an optimizer made before
+    serves on.
+
+    Args:
+        model, config, filter: as mlcore.quantize's.
+        learn_scales: each group's scale becomes a parameter `scales` (LSQ, Esser et al. 2020) that starts at what the config's
+            method says, and state_dicts carry it; int formats. False: the config's method finds scales anew each call.
+
+    Returns:
+        What convert() would give now, layer by layer, and why layers were left.
+
+    Raises:
+        ValueError: as quantize; the config's method needs data; learn_scales without an int format.
+    """
+    config = config or QuantConfig()
+    config.rounded(torch.zeros(1, 1))
+    if config.needs_data:
+        raise ValueError(f"prepare_qat: method must be one without data, the weights change; got {config.method!r}")
+    if learn_scales and not config.format.startswith("int"):
+        raise ValueError(f"prepare_qat: learn_scales belongs to int formats; got {config.format!r}")
+    report = QuantReport()
+    for name, reason in choose(model, config, filter, "prepare_qat").items():
+        if reason is not None:
+            report.layers.append(LayerReport(name, skipped=reason))
+            continue
+        module = model.get_submodule(name)
+        module.__class__ = _FAKE[type(module)]
+        module.quant_config = config
+        if learn_scales:
+            module.learn_scales()
+        report.layers.append(layer_report(name, module, module.rounded().pack()))
+    return report
+
+
+def convert(model: torch.nn.Module, *, measure_rows: int | None = None) -> QuantReport:
+    """Replaces the layers that prepare_qat prepared by QuantLinear and QuantEmbedding, in place. The model then computes what
+    it did in training, from packed weights.
+
+    Args:
+        model: any module that prepare_qat has seen.
+        measure_rows: times each layer, in floating point and packed, with so many rows of input.
+
+    Returns:
+        Of each layer, as quantize(): the weight before is the trained one.
+
+    Raises:
+        ValueError: model has no prepared layer, or a trained weight or scale isn't finite.
+    """
+    prepared = [
+        name for name, module in model.named_modules() if isinstance(module, nn.FakeQuantLinear | nn.FakeQuantEmbedding)
+    ]
+    if not prepared or "" in prepared:
+        raise ValueError(f"convert: model must hold layers that prepare_qat prepared; got {type(model).__name__}")
+    report, layers = QuantReport(), {}
+    for name in prepared:  # all are packed before one is replaced: a bad weight changes nothing
+        module = model.get_submodule(name)
+        if not bool(module.weight.isfinite().all()):
+            raise ValueError(f"convert: the weight of {name} must be finite; got NaN or infinity")
+        packed = module.rounded().pack()
+        layers[name] = low_bit(module, packed, module.quant_config)
+        report.layers.append(layer_report(name, module, packed, None, layers[name], measure_rows))
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    return report
