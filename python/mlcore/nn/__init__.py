@@ -23,7 +23,7 @@ from .positional_encoding import LearnedEncoding, RotaryEncoding, SinusoidalEnco
 from .quant_embedding import QuantEmbedding
 from .quant_linear import QuantLinear
 from .rms_norm import RMSNorm
-from .separable_conv import DepthwiseSeparableConv2d, PointwiseConv2d
+from .separable_conv import ConvNorm2d, DepthwiseSeparableConv2d, PointwiseConv2d
 from .synthesizer_attention import SynthesizerAttention
 from .transformer import Transformer, TransformerDecoder, TransformerEncoder
 from .transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
@@ -32,6 +32,7 @@ __all__ = [
     "AdditiveAttention",
     "AttentionFree",
     "CausalConv1d",
+    "ConvNorm2d",
     "CrossAttention",
     "DeltaNet",
     "DepthwiseConv1d",
