@@ -17,7 +17,7 @@ from harness import Group, relative_error
 from torch import nn
 
 from mlcore.models import cnn
-from mlcore.nn import DepthwiseConv2d, DepthwiseSeparableConv2d, PointwiseConv2d
+from mlcore.nn import ConvNorm2d, DepthwiseConv2d, DepthwiseSeparableConv2d, PointwiseConv2d
 
 MODELS = {"MobileNetV1": cnn.MobileNetV1, "MobileNetV2": cnn.MobileNetV2}
 
@@ -44,6 +44,8 @@ def stock(model: nn.Module, layout: torch.memory_format) -> nn.Module:
             m.__class__ = nn.Conv2d
         elif isinstance(m, (DepthwiseSeparableConv2d, PointwiseConv2d)):
             m.forward = types.MethodType(separable if isinstance(m, DepthwiseSeparableConv2d) else pointwise, m)
+        elif isinstance(m, ConvNorm2d):
+            m.forward = types.MethodType(nn.Sequential.forward, m)
     return theirs.to(memory_format=layout)
 
 

@@ -54,5 +54,26 @@ void parallel_items(int64_t n, int max_threads, RangeFn fn, void* body) {
   }
 }
 
+void parallel_near_items(int64_t n, int max_threads, RangeFn fn, void* body) {
+  constexpr int kMost = 64;
+  const int threads = static_cast<int>(std::min<int64_t>({num_threads(), max_threads, n}));
+  if (threads <= 1 || threads > kMost) return parallel_items(n, max_threads, fn, body);
+  struct alignas(64) Part {
+    std::atomic<int64_t> next;
+    int64_t end;
+  } parts[kMost];
+  for (int t = 0; t < threads; ++t) parts[t].next.store(n * t / threads), parts[t].end = n * (t + 1) / threads;
+#pragma omp parallel num_threads(threads)
+  {
+    const int me = omp_get_thread_num();
+    for (int t = 0; t < threads; ++t) {
+      Part& part = parts[(me + t) % threads];
+      for (int64_t i = part.next.fetch_add(1, std::memory_order_relaxed); i < part.end;
+           i = part.next.fetch_add(1, std::memory_order_relaxed))
+        fn(body, i, i + 1, me);
+    }
+  }
+}
+
 }  // namespace detail
 }  // namespace mlcore

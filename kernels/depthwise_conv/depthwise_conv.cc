@@ -75,7 +75,7 @@ struct Problem {
     floats = (floats + 15) / 16 * 16, shared = (shared + 15) / 16 * 16;
     const int threads = static_cast<int>(std::min<int64_t>(num_threads(), items));
     float* scratch = shared_scratch.floats(static_cast<size_t>(shared + threads * floats)) + shared;
-    parallel_claim(items, threads, [&](int64_t i, int thread) { body(i, scratch + thread * floats); });
+    parallel_near(items, threads, [&](int64_t i, int thread) { body(i, scratch + thread * floats); });
   }
 };
 
@@ -131,7 +131,7 @@ void fwd(const DLTensor* x_, const DLTensor* weight_, const DLTensor* bias_, con
   if (y.numel() == 0) return;
   prefer_huge_pages(y.raw(), static_cast<size_t>(y.numel()) * (p.dtype == Dtype::f32 ? 4 : 2));
   if (p.planar) {
-    const DepthwisePlanes& kernels = depthwise_planes_now();
+    const DepthwisePlanes& kernels = direct(p) ? depthwise_direct_now() : depthwise_planes_now();
     const int64_t planes = p.N * p.C, work = std::max<int64_t>(p.y.volume() * p.M * p.taps, 1);
     const int64_t some = std::clamp<int64_t>(kGrain / work, 1, planes);
     problem.for_items((planes + some - 1) / some, kernels.scratch(p), 0,
@@ -172,7 +172,7 @@ void bwd(const DLTensor* dy_, const DLTensor* x_, const DLTensor* weight_, const
   if (!want_dx) p.dx = {};
   if (!want_dx && !p.partial) return;
   if (p.planar) {
-    const DepthwisePlanes& kernels = depthwise_planes_now();
+    const DepthwisePlanes& kernels = direct(p) ? depthwise_direct_now() : depthwise_planes_now();
     // Channels in groups: what a task knows of the taps beforehand took longer than a plane of 7 x 7.
     const int64_t work = std::max<int64_t>(p.N * p.x.volume() / p.blocks * p.M * p.taps * 2, 1);
     const int64_t some = std::clamp<int64_t>(kGrain / work, 1, std::max<int64_t>(p.C, 1)), groups = (p.C + some - 1) / some;

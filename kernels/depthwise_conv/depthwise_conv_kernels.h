@@ -39,6 +39,14 @@ struct DepthwisePlanes {
   void (*bwd)(const DepthwiseConv&, int64_t block, int64_t begin, int64_t end, float* scratch);
 };
 MLC_KERNEL_TABLE(DepthwisePlanes, depthwise_planes)
+MLC_KERNEL_TABLE(DepthwisePlanes, depthwise_direct)  // the same where direct(p)
+
+// Planes that are read where they lie: float32, several lines, and strides and dilations that lines of a tile share inputs at.
+inline bool direct(const DepthwiseConv& p) {
+  const int64_t s = p.stride[1];
+  const bool strided = s == 2 && p.dilation[1] == 1 && p.dilation[2] == 1;
+  return p.dtype == Dtype::f32 && p.stride[2] == s && (s == 1 || strided) && p.results().size[1] >= 4;
+}
 
 // C contiguous. Rows come in strips of strip(p, backward), which share the lines that they read.
 struct DepthwisePixels {

@@ -19,15 +19,59 @@ thread_local Scratch shared_scratch;              // of the calling thread; its 
 
 int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
 
+// body(c, n) for channels [c, c + n), at most 64: sums over blocks are taken in double, in order, n channels at once.
+template <class F>
+void for_channels(int64_t channels, int64_t blocks, F&& body) {
+  const int64_t groups = (channels + kBlock - 1) / kBlock;
+  parallel_for(groups, std::max<int64_t>((1 << 14) / (kBlock * std::max<int64_t>(blocks, 1)), 1),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t g = begin; g < end; ++g) body(g * kBlock, std::min(kBlock, channels - g * kBlock));
+               });
+}
+
+// moments[0] and [1]: mean and biased variance from the partial sums of `blocks` blocks; count(b) values are in block b.
+template <class F>
+void put_together(const float* partial, int64_t blocks, int64_t channels, F&& count, float* moments) {
+  for_channels(channels, blocks, [&](int64_t c, int64_t n) {
+    double mean[kBlock] = {}, squares[kBlock] = {}, total = 0.0;
+    for (int64_t b = 0; b < blocks; ++b) total += static_cast<double>(count(b));
+    for (int64_t b = 0; b < blocks; ++b) {
+      const float *first = partial + b * 3 * channels + c, *origin = first + 2 * channels;
+      const double share = static_cast<double>(count(b)) / total;
+      for (int64_t i = 0; i < n; ++i) mean[i] += double{origin[i]} * share + double{first[i]} / total;
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      const float *first = partial + b * 3 * channels + c, *second = first + channels, *origin = second + channels;
+      const double size = static_cast<double>(count(b));
+      for (int64_t i = 0; i < n; ++i) {  // about v0, moved to the mean
+        const double off = double{origin[i]} - mean[i];
+        squares[i] += double{second[i]} + off * (2.0 * double{first[i]} + off * size);
+      }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      moments[c + i] = static_cast<float>(mean[i]);
+      moments[channels + c + i] = static_cast<float>(std::max(squares[i] / total, squares[i] - squares[i]));  // NaN stays
+    }
+  });
+}
+
 struct Problem {
   SeparableConv p{};
 
   Problem(const Tensor& x, const Tensor& depthwise, const Tensor& scale, const Tensor& shift, const int64_t (&stride)[2],
-          const int64_t (&dilation)[2], const int64_t (&pad)[2], int64_t f) {
+          const int64_t (&dilation)[2], const int64_t (&pad)[2], int64_t f, int64_t patch_h = 0, int64_t patch_w = 0) {
     x.on(kDLCPU).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16}).rank_is(4, "(N, C, H, W)");
     p.N = x.size(0), p.C = x.size(1), p.H = x.size(2), p.W = x.size(3), p.dtype = x.dtype();
-    p.x = pixels(x, "x", {p.N, p.C, p.H, p.W}, "(N, C, H, W)");
+    require((patch_h == 0) == (patch_w == 0) && patch_h >= 0 && patch_w >= 0, kOp,
+            ": patch_h and patch_w must both be positive, or 0; got ", patch_h, " and ", patch_w);
+    p.patches = patch_h > 0, p.Cx = p.C;
+    p.x = {x.raw(), x.stride(0), x.stride(2), x.stride(3), x.stride(1)};
+    if (!p.patches) p.x = pixels(x, "x", {p.N, p.C, p.H, p.W}, "(N, C, H, W)");
     p.K[0] = p.K[1] = 1;
+    if (p.patches) {
+      require(!depthwise.present(), kOp, ": depthwise must be left out where patches are taken");
+      p.K[0] = patch_h, p.K[1] = patch_w, p.C *= patch_h * patch_w;
+    }
     if (depthwise.present()) {
       depthwise.on(kDLCPU).dtype_in({Dtype::f32}).rank_is(3, "(C, KH, KW)");
       depthwise.shape_is({p.C, depthwise.size(1), depthwise.size(2)}, "(C, KH, KW)").contiguous();
@@ -66,6 +110,8 @@ struct Problem {
     return {t.raw(), t.stride(0), t.stride(2), t.stride(3)};
   }
 
+  size_t bytes(const Tensor& t) const { return static_cast<size_t>(t.numel()) * (p.dtype == Dtype::f32 ? 4 : 2); }
+
   // body(item, shared, scratch): threads take the next item when they are done with one.
   template <class F>
   void share(int64_t items, int64_t columns, F&& body) {
@@ -75,13 +121,14 @@ struct Problem {
     const int threads = static_cast<int>(std::min<int64_t>(num_threads(), items));
     float* scratch = shared_scratch.floats(static_cast<size_t>(shared + threads * floats));
     kernels.prepare(p, scratch);
-    parallel_claim(items, threads,
-                   [&](int64_t i, int thread) { body(kernels, i, scratch, scratch + shared + thread * floats); });
+    parallel_near(items, threads,
+                  [&](int64_t i, int thread) { body(kernels, i, scratch, scratch + shared + thread * floats); });
     shared_scratch.release_if_large();
   }
 
   // The hidden passes: blocks of rows, and of channels where rows are few.
-  void hidden() {
+  void hidden(HiddenPass pass) {
+    p.pass = pass, p.strip = 1;
     const int64_t blocks = (p.N * p.Ho + kPartialRows - 1) / kPartialRows, group = blocks >= 16 ? p.C : kBlock;
     const int64_t groups = group > 0 ? (p.C + group - 1) / group : 0;
     share(blocks * groups, 0, [&](const SeparableConvKernels& kernels, int64_t i, const float* shared, float* scratch) {
@@ -93,11 +140,13 @@ struct Problem {
 
 void fwd(const DLTensor* x_, const DLTensor* depthwise_, const DLTensor* scale_, const DLTensor* shift_,
          const DLTensor* pointwise_, const DLTensor* bias_, const DLTensor* residual_, const int64_t (&stride)[2],
-         const int64_t (&dilation)[2], const int64_t (&pad)[2], int64_t f, int64_t g, DLTensor* y_) {
+         const int64_t (&dilation)[2], const int64_t (&pad)[2], int64_t patch_h, int64_t patch_w, int64_t f, int64_t g,
+         DLTensor* y_, DLTensor* partial_, DLTensor* moments_) {
   const Tensor x(x_, kOp, "x"), depthwise(depthwise_, kOp, "depthwise"), scale(scale_, kOp, "scale"),
       shift(shift_, kOp, "shift"), pointwise(pointwise_, kOp, "pointwise"), bias(bias_, kOp, "bias"),
-      residual(residual_, kOp, "residual"), y(y_, kOp, "y");
-  Problem problem(x, depthwise, scale, shift, stride, dilation, pad, f);
+      residual(residual_, kOp, "residual"), y(y_, kOp, "y"), partial(partial_, kOp, "partial"),
+      moments(moments_, kOp, "moments");
+  Problem problem(x, depthwise, scale, shift, stride, dilation, pad, f, patch_h, patch_w);
   SeparableConv& p = problem.p;
   y.rank_is(4, "(N, J, Ho, Wo)");
   p.J = y.size(1), p.Ho = y.size(2), p.Wo = y.size(3);
@@ -105,12 +154,15 @@ void fwd(const DLTensor* x_, const DLTensor* depthwise_, const DLTensor* scale_,
   p.residual = problem.pixels(residual, "residual", {p.N, p.J, p.Ho, p.Wo}, "(N, J, Ho, Wo)");
   pointwise.on(kDLCPU)
       .dtype_in({Dtype::f32})
-      .shape_is({(p.C + kBlock - 1) / kBlock, (p.J + kBlock - 1) / kBlock, kBlock, kBlock}, "(ceil(C/64), ceil(J/64), 64, 64)")
+      .shape_is({(p.J + kBlock - 1) / kBlock, (p.C + kBlock - 1) / kBlock, kBlock, kBlock}, "(ceil(J/64), ceil(C/64), 64, 64)")
       .contiguous();
   p.pointwise = pointwise.data<float>(), p.bias = Problem::channels(bias, p.J, "(J)"), p.g = Problem::activation(g, "g");
   require(p.C >= 1, kOp, ": x must have channels");
+  require(partial.present() == moments.present(), kOp, ": partial and moments must be given together");
+  p.partial = Problem::sums(partial, {p.N * p.Ho, 3, p.J}, "(N*Ho, 3, J)");
+  float* taken = Problem::sums(moments, {2, p.J}, "(2, J)");
   if (y.numel() == 0) return;
-  prefer_huge_pages(y.raw(), static_cast<size_t>(y.numel()) * (p.dtype == Dtype::f32 ? 4 : 2));
+  prefer_huge_pages(y.raw(), problem.bytes(y));
   // Items of work are strips by blocks of columns. Few items: strips are cut first, then columns, each of which makes its own
   // a.
   const int64_t blocks = (p.J + kBlock - 1) / kBlock, least = std::clamp<int64_t>((kLeastPixels + p.Wo - 1) / p.Wo, 1, p.Ho);
@@ -126,44 +178,79 @@ void fwd(const DLTensor* x_, const DLTensor* depthwise_, const DLTensor* scale_,
                   const int64_t begin = i % cuts * group;
                   kernels.fwd(p, i / cuts, begin, std::min(begin + group, p.J), shared, scratch);
                 });
+  if (!taken) return;
+  const auto count = [&](int64_t b) { return std::min(p.strip, p.Ho - b % p.strips() * p.strip) * p.Wo; };
+  put_together(p.partial, strips, p.J, count, taken);
 }
 
 void hidden(const DLTensor* x_, const DLTensor* depthwise_, const DLTensor* scale_, const DLTensor* shift_,
-            const int64_t (&stride)[2], const int64_t (&dilation)[2], const int64_t (&pad)[2], int64_t f, int64_t out_h,
-            int64_t out_w, DLTensor* a_, DLTensor* partial_, DLTensor* origin_) {
+            const DLTensor* residual_, const int64_t (&stride)[2], const int64_t (&dilation)[2], const int64_t (&pad)[2],
+            int64_t f, int64_t out_h, int64_t out_w, DLTensor* a_, DLTensor* partial_, DLTensor* moments_) {
   const Tensor x(x_, kOp, "x"), depthwise(depthwise_, kOp, "depthwise"), scale(scale_, kOp, "scale"),
-      shift(shift_, kOp, "shift"), a(a_, kOp, "a"), partial(partial_, kOp, "partial"), origin(origin_, kOp, "origin");
+      shift(shift_, kOp, "shift"), residual(residual_, kOp, "residual"), a(a_, kOp, "a"), partial(partial_, kOp, "partial"),
+      moments(moments_, kOp, "moments");
   Problem problem(x, depthwise, scale, shift, stride, dilation, pad, f);
   SeparableConv& p = problem.p;
   require(out_h >= 0 && out_w >= 0, kOp, ": the size of h must not be negative; got ", out_h, " x ", out_w);
-  p.Ho = out_h, p.Wo = out_w, p.pass = HiddenPass::forward, p.strip = 1;
+  require(a.present() != moments.present(), kOp, ": either a or moments must be given");
+  require(partial.present() == moments.present(), kOp, ": partial and moments must be given together");
+  p.Ho = out_h, p.Wo = out_w;
   p.a = problem.pixels(a, "a", {p.N, p.C, p.Ho, p.Wo}, "(N, C, Ho, Wo)");
-  const int64_t blocks = (p.N * p.Ho + kPartialRows - 1) / kPartialRows;
-  p.partial = Problem::sums(partial, {blocks, 2, p.C}, "(ceil(N*Ho/16), 2, C)");
-  p.origin = Problem::sums(origin, {blocks, p.C}, "(ceil(N*Ho/16), C)");
-  if (p.N * p.Ho * p.Wo * p.C == 0 || (!p.a.data && !p.partial)) return;
-  problem.hidden();
+  p.residual = problem.pixels(residual, "residual", {p.N, p.C, p.Ho, p.Wo}, "(N, C, Ho, Wo)");
+  const int64_t rows = p.N * p.Ho, blocks = (rows + kPartialRows - 1) / kPartialRows;
+  p.partial = Problem::sums(partial, {blocks, 3, p.C}, "(ceil(N*Ho/16), 3, C)");
+  float* taken = Problem::sums(moments, {2, p.C}, "(2, C)");
+  if (rows * p.Wo * p.C == 0) return;
+  if (a.present()) {
+    prefer_huge_pages(a.raw(), problem.bytes(a));
+    return problem.hidden(HiddenPass::apply);
+  }
+  problem.hidden(HiddenPass::moments);
+  const auto count = [&](int64_t b) { return std::min(kPartialRows, rows - b * kPartialRows) * p.Wo; };
+  put_together(p.partial, blocks, p.C, count, taken);
 }
 
-void bwd(DLTensor* d_, const DLTensor* x_, const DLTensor* depthwise_, const DLTensor* scale_, const DLTensor* shift_,
-         const DLTensor* by_h_, const DLTensor* constant_, const int64_t (&stride)[2], const int64_t (&dilation)[2],
-         const int64_t (&pad)[2], int64_t f, DLTensor* partial_) {
-  const Tensor d(d_, kOp, "d"), x(x_, kOp, "x"), depthwise(depthwise_, kOp, "depthwise"), scale(scale_, kOp, "scale"),
-      shift(shift_, kOp, "shift"), by_h(by_h_, kOp, "by_h"), constant(constant_, kOp, "constant"),
+void bwd(const DLTensor* da_, const DLTensor* x_, const DLTensor* depthwise_, const DLTensor* scale_, const DLTensor* shift_,
+         const DLTensor* moments_, const int64_t (&stride)[2], const int64_t (&dilation)[2], const int64_t (&pad)[2], int64_t f,
+         DLTensor* d_, DLTensor* sums_, DLTensor* partial_) {
+  const Tensor da(da_, kOp, "da"), x(x_, kOp, "x"), depthwise(depthwise_, kOp, "depthwise"), scale(scale_, kOp, "scale"),
+      shift(shift_, kOp, "shift"), moments(moments_, kOp, "moments"), d(d_, kOp, "d"), sums(sums_, kOp, "sums"),
       partial(partial_, kOp, "partial");
   Problem problem(x, depthwise, scale, shift, stride, dilation, pad, f);
   SeparableConv& p = problem.p;
   d.rank_is(4, "(N, C, Ho, Wo)");
-  p.Ho = d.size(2), p.Wo = d.size(3), p.strip = 1;
+  p.Ho = d.size(2), p.Wo = d.size(3);
   p.a = problem.pixels(d, "d", {p.N, p.C, p.Ho, p.Wo}, "(N, C, Ho, Wo)");
-  p.by_h = Problem::channels(by_h, p.C, "(C)"), p.constant = Problem::channels(constant, p.C, "(C)");
-  require(by_h.present() == constant.present(), kOp, ": by_h and constant must be given together");
-  require(by_h.present() != partial.present(), kOp, ": partial must be given where by_h is not, and only there");
+  p.da = problem.pixels(da, "da", {p.N, p.C, p.Ho, p.Wo}, "(N, C, Ho, Wo)");
+  require(da.present(), kOp, ": da must be given");
   const int64_t blocks = (p.N * p.Ho + kPartialRows - 1) / kPartialRows;
-  p.partial = Problem::sums(partial, {blocks, 2, p.C}, "(ceil(N*Ho/16), 2, C)");
-  p.pass = p.partial ? HiddenPass::gradient : HiddenPass::affine;
-  if (d.numel() == 0) return;
-  problem.hidden();
+  partial.on(kDLCPU), sums.on(kDLCPU);
+  p.partial = Problem::sums(partial, {blocks, 3, p.C}, "(ceil(N*Ho/16), 3, C)");
+  float* out = Problem::sums(sums, {4, p.C}, "(4, C)");
+  const float* given = Problem::sums(moments, {2, p.C}, "(2, C)");
+  p.mean = given;
+  if (d.numel() == 0) return std::fill_n(out, 4 * p.C, 0.0f), void();
+  prefer_huge_pages(d.raw(), problem.bytes(d));
+  problem.hidden(given ? HiddenPass::sums : HiddenPass::gradient);
+  for_channels(p.C, blocks, [&](int64_t c, int64_t n) {
+    double by_shift[kBlock] = {}, by_scale[kBlock] = {};
+    for (int64_t b = 0; b < blocks; ++b) {
+      const float *e = p.partial + b * 3 * p.C + c, *eh = e + p.C;
+      for (int64_t i = 0; i < n; ++i) by_shift[i] += double{e[i]}, by_scale[i] += double{eh[i]};
+    }
+    const double count = static_cast<double>(p.N * p.Ho * p.Wo);
+    for (int64_t i = c; i < c + n; ++i) {
+      const double mean = given ? double{given[i]} : 0.0, rstd = given ? double{given[p.C + i]} : 1.0;
+      const double factor = p.scale ? double{p.scale[i]} / count : 1.0 / count, scaled = rstd * by_scale[i - c];
+      const double by_h = -factor * rstd * scaled;
+      out[i] = static_cast<float>(scaled), out[p.C + i] = static_cast<float>(by_shift[i - c]);
+      out[2 * p.C + i] = static_cast<float>(by_h);
+      out[3 * p.C + i] = static_cast<float>(-factor * by_shift[i - c] - by_h * mean);
+    }
+  });
+  if (!given) return;
+  p.by_h = out + 2 * p.C, p.constant = out + 3 * p.C;
+  problem.hidden(HiddenPass::norm);
 }
 
 }  // namespace
@@ -171,30 +258,31 @@ void bwd(DLTensor* d_, const DLTensor* x_, const DLTensor* depthwise_, const DLT
 
 int mlc_separable_conv_fwd(const DLTensor* x, const DLTensor* depthwise, const DLTensor* scale, const DLTensor* shift,
                            const DLTensor* pointwise, const DLTensor* bias, const DLTensor* residual, int64_t stride_h,
-                           int64_t stride_w, int64_t dilation_h, int64_t dilation_w, int64_t pad_h, int64_t pad_w, int64_t f,
-                           int64_t g, DLTensor* y) {
+                           int64_t stride_w, int64_t dilation_h, int64_t dilation_w, int64_t pad_h, int64_t pad_w,
+                           int64_t patch_h, int64_t patch_w, int64_t f, int64_t g, DLTensor* y, DLTensor* partial,
+                           DLTensor* moments) {
   return mlcore::guard([&] {
     mlcore::fwd(x, depthwise, scale, shift, pointwise, bias, residual, {stride_h, stride_w}, {dilation_h, dilation_w},
-                {pad_h, pad_w}, f, g, y);
+                {pad_h, pad_w}, patch_h, patch_w, f, g, y, partial, moments);
   });
 }
 
 int mlc_separable_conv_hidden(const DLTensor* x, const DLTensor* depthwise, const DLTensor* scale, const DLTensor* shift,
-                              int64_t stride_h, int64_t stride_w, int64_t dilation_h, int64_t dilation_w, int64_t pad_h,
-                              int64_t pad_w, int64_t f, int64_t out_h, int64_t out_w, DLTensor* a, DLTensor* partial,
-                              DLTensor* origin) {
+                              const DLTensor* residual, int64_t stride_h, int64_t stride_w, int64_t dilation_h,
+                              int64_t dilation_w, int64_t pad_h, int64_t pad_w, int64_t f, int64_t out_h, int64_t out_w,
+                              DLTensor* a, DLTensor* partial, DLTensor* moments) {
   return mlcore::guard([&] {
-    mlcore::hidden(x, depthwise, scale, shift, {stride_h, stride_w}, {dilation_h, dilation_w}, {pad_h, pad_w}, f, out_h, out_w,
-                   a, partial, origin);
+    mlcore::hidden(x, depthwise, scale, shift, residual, {stride_h, stride_w}, {dilation_h, dilation_w}, {pad_h, pad_w}, f,
+                   out_h, out_w, a, partial, moments);
   });
 }
 
-int mlc_separable_conv_bwd(DLTensor* d, const DLTensor* x, const DLTensor* depthwise, const DLTensor* scale,
-                           const DLTensor* shift, const DLTensor* by_h, const DLTensor* constant, int64_t stride_h,
-                           int64_t stride_w, int64_t dilation_h, int64_t dilation_w, int64_t pad_h, int64_t pad_w, int64_t f,
-                           DLTensor* partial) {
+int mlc_separable_conv_bwd(const DLTensor* da, const DLTensor* x, const DLTensor* depthwise, const DLTensor* scale,
+                           const DLTensor* shift, const DLTensor* moments, int64_t stride_h, int64_t stride_w,
+                           int64_t dilation_h, int64_t dilation_w, int64_t pad_h, int64_t pad_w, int64_t f, DLTensor* d,
+                           DLTensor* sums, DLTensor* partial) {
   return mlcore::guard([&] {
-    mlcore::bwd(d, x, depthwise, scale, shift, by_h, constant, {stride_h, stride_w}, {dilation_h, dilation_w}, {pad_h, pad_w},
-                f, partial);
+    mlcore::bwd(da, x, depthwise, scale, shift, moments, {stride_h, stride_w}, {dilation_h, dilation_w}, {pad_h, pad_w}, f, d,
+                sums, partial);
   });
 }

@@ -5,25 +5,30 @@
 
 namespace mlcore {
 
-// (N, C, H, W) with C contiguous. data is null where the argument was left out.
+// (N, C, H, W) with C contiguous, but for the x of patches. data is null where the argument was left out.
 struct Pixels {
   void* data = nullptr;
-  int64_t n = 0, h = 0, w = 0;  // strides
+  int64_t n = 0, h = 0, w = 0, c = 1;  // strides
 };
 
 enum class Activation : int64_t { none, relu, relu6, silu };
-enum class HiddenPass { forward, gradient, affine };  // of a; through f; through a norm
+// What is done with h: a is written, or its moments are taken; e and its sums, then d through the norm; d and the sums at once.
+enum class HiddenPass { apply, moments, sums, norm, gradient };
 
 constexpr int64_t kBlock = 64;        // channels of a block of the pointwise weights
+constexpr int64_t kDepth = 128;       // channels of `a` that are made and multiplied at once
 constexpr int64_t kPartialRows = 16;  // rows of h that a partial sum covers
 
 struct SeparableConv {
-  Pixels x, y, residual, a;  // a: or d, its gradient
-  const float *depthwise, *scale, *shift, *pointwise, *bias, *by_h, *constant;
-  float *partial, *origin;
+  Pixels x, y, residual, a, da;  // a: or d, the gradient of h
+  const float *depthwise, *scale, *shift, *pointwise, *bias, *mean, *by_h, *constant;
+  float*
+      partial;  // (blocks or strips, 3, channels): sums of v - v0 and (v - v0)^2, v0 the first value; or of e and e (h - mean)
   int64_t N, C, J, H, W, Ho, Wo;
   int64_t K[2], stride[2], dilation[2], pad[2];
   int64_t strip;  // rows of y that are computed together
+  bool patches;   // the first convolution is dense: C is KH * KW * Cx
+  int64_t Cx;     // channels of x
   Activation f, g;
   HiddenPass pass;
   Dtype dtype;

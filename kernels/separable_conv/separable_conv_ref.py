@@ -25,10 +25,12 @@ def hidden(x, depthwise, stride, dilation, pad):
 
 
 def finish(h, scale, shift, pointwise, bias, f, g, residual):
-    """y from h; pointwise (J, C)."""
+    """y from h; pointwise (J, C), or None for a."""
     channels = (1, -1, 1, 1)
     a = h if scale is None else h * scale.view(channels)
     a = activate(a if shift is None else a + shift.view(channels), f)
+    if pointwise is None:
+        return a
     y = activate(F.conv2d(a, pointwise[:, :, None, None], bias), g)
     return y if residual is None else y + residual
 

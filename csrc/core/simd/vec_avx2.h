@@ -12,6 +12,11 @@ inline __m256i first_lanes(int n) {  // lanes < n all ones
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
+inline __m256i lanes_of(uint32_t bits) {  // lanes whose bit is set all ones
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
+}
+
 struct Vec {
   static constexpr int W = 8;
   __m256 v;
@@ -25,6 +30,8 @@ struct Vec {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(u, 16))};
   }
   static Vec load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+  // Lanes whose bit is not set are 0 and their memory is not touched.
+  static Vec load_lanes(const float* p, uint32_t lanes) { return {_mm256_maskload_ps(p, lanes_of(lanes))}; }
   static Vec load_n(const float* p, int n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }
   template <class T>
   static Vec load_n(const T* p, int n) {  // lanes >= n are 0 and their memory is not touched
@@ -66,13 +73,20 @@ inline Vec scale_by_power(Vec p, Vec n) {  // p * 2^n for p near 1, n a whole nu
   return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23)))};
 }
 // Lane i of a where bit i is set, else of b.
-inline Vec select(uint32_t bits, Vec a, Vec b) {
-  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  const __m256i on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
-  return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(on))};
-}
+inline Vec select(uint32_t bits, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(lanes_of(bits)))}; }
 // Bit i set where lane i of a is less than b's.
 inline uint32_t less(Vec a, Vec b) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))); }
+
+// The lanes of even numbers of a, then of b.
+inline Vec even_lanes(Vec a, Vec b) {
+  const __m256d x = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0x88));
+  return {_mm256_castpd_ps(_mm256_permute4x64_pd(x, 0xd8))};
+}
+// a0 b0 a1 b1 ... in two vectors, low and high.
+inline void interleave(Vec a, Vec b, Vec& low, Vec& high) {
+  const __m256 x = _mm256_unpacklo_ps(a.v, b.v), y = _mm256_unpackhi_ps(a.v, b.v);
+  low = {_mm256_permute2f128_ps(x, y, 0x20)}, high = {_mm256_permute2f128_ps(x, y, 0x31)};
+}
 
 inline float sum(Vec a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));

@@ -24,6 +24,8 @@ struct Vec {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(u, 16))};
   }
   static Vec load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+  // Lanes whose bit is not set are 0 and their memory is not touched.
+  static Vec load_lanes(const float* p, uint32_t lanes) { return {_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p)}; }
   static Vec load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
   template <class T>
   static Vec load_n(const T* p, int n) {  // lanes >= n are 0 and their memory is not touched
@@ -71,6 +73,18 @@ inline Vec scale_by_floor_power(Vec p, Vec x) {
 inline Vec select(uint32_t bits, Vec a, Vec b) { return {_mm512_mask_mov_ps(b.v, static_cast<__mmask16>(bits), a.v)}; }
 // Bit i set where lane i of a is less than b's.
 inline uint32_t less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+
+// The lanes of even numbers of a, then of b.
+inline Vec even_lanes(Vec a, Vec b) {
+  const __m512i from = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return {_mm512_permutex2var_ps(a.v, from, b.v)};
+}
+// a0 b0 a1 b1 ... in two vectors, low and high.
+inline void interleave(Vec a, Vec b, Vec& low, Vec& high) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  low = {_mm512_permutex2var_ps(a.v, first, b.v)};
+  high = {_mm512_permutex2var_ps(a.v, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b.v)};
+}
 
 inline float sum(Vec a) {
   const __m256 y = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));

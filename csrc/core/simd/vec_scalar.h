@@ -14,6 +14,13 @@ struct Vec {
   static Vec load(const T* p) {
     return {{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
   }
+  // Lanes whose bit is not set are 0 and their memory is not touched.
+  static Vec load_lanes(const float* p, uint32_t lanes) {
+    Vec r = zero();
+    for (int i = 0; i < W; ++i)
+      if ((lanes >> i) & 1u) r.v[i] = p[i];
+    return r;
+  }
   template <class T>
   static Vec load_n(const T* p, int n) {  // lanes >= n are 0 and their memory is not touched
     Vec r = zero();
@@ -55,6 +62,13 @@ inline uint32_t less(Vec a, Vec b) {
   return bits;
 }
 #undef MLC_LANES
+
+// The lanes of even numbers of a, then of b.
+inline Vec even_lanes(Vec a, Vec b) { return {{a.v[0], a.v[2], b.v[0], b.v[2]}}; }
+// a0 b0 a1 b1 ... in two vectors, low and high.
+inline void interleave(Vec a, Vec b, Vec& low, Vec& high) {
+  low = {{a.v[0], b.v[0], a.v[1], b.v[1]}}, high = {{a.v[2], b.v[2], a.v[3], b.v[3]}};
+}
 
 inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 inline float hmax(Vec a) {

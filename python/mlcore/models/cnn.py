@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..nn import DepthwiseConv2d, DepthwiseSeparableConv2d, LayerNorm, PointwiseConv2d, pool2d
+from ..nn import ConvNorm2d, DepthwiseConv2d, DepthwiseSeparableConv2d, LayerNorm, PointwiseConv2d, pool2d
 from ._cnn_weights import load_weights, rename_weights
 from ._receptive_field import Field, receptive_field
 
@@ -170,7 +170,7 @@ class _MobileNet(_Classifier):
         super().__init__()
         self.config = config
         channels = _scaled(32, config)
-        self.stem = nn.Sequential(
+        self.stem = ConvNorm2d(
             nn.Conv2d(config.in_channels, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU6()
         )
         blocks, last = self._make_blocks(channels)
@@ -182,8 +182,7 @@ class _MobileNet(_Classifier):
                 nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
 
     def _pooled(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.stem(x.contiguous(memory_format=torch.channels_last))
-        return self.blocks(h).mean((2, 3))
+        return self.blocks(self.stem(x)).mean((2, 3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.dropout(self._pooled(x)))

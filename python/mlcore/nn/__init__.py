@@ -26,7 +26,7 @@ from .positional_encoding import LearnedEncoding, RotaryEncoding, SinusoidalEnco
 from .quant_embedding import QuantEmbedding
 from .quant_linear import QuantLinear
 from .rms_norm import RMSNorm
-from .separable_conv import DepthwiseSeparableConv2d, PointwiseConv2d
+from .separable_conv import ConvNorm2d, DepthwiseSeparableConv2d, PointwiseConv2d
 from .synthesizer_attention import SynthesizerAttention
 from .ternary_linear import TernaryLinear
 from .transformer import Transformer, TransformerDecoder, TransformerEncoder
@@ -38,6 +38,7 @@ __all__ = [
     "BinaryConv2d",
     "BinaryLinear",
     "CausalConv1d",
+    "ConvNorm2d",
     "CrossAttention",
     "DeltaNet",
     "DepthwiseConv1d",

@@ -10,6 +10,7 @@ from .depthwise_conv import DepthwiseConv2d
 
 _ACTIVATIONS = {nn.Identity: None, nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_PATCH = 64  # numbers of a filter up to which a convolution counts as narrow
 
 
 def _batch_norm(norm, training):
@@ -39,11 +40,12 @@ class _Packed:
         self._made_of = self._value = self._kept = None
 
     def __call__(self, block, make):
-        tensors = block._tensors()
-        made_of = [(id(t), t._version) for t in tensors] + [(id(m), getattr(m, "eps", 0)) for m in block._modules.values()]
+        layers = block._modules.values()  # in-place changes of their tensors show in versions, others in identities
+        tensors = [t for m in layers for part in (m._parameters, m._buffers) for t in part.values() if t is not None]
+        made_of = [(id(t), t._version) for t in tensors] + [(id(m), getattr(m, "eps", 0)) for m in layers]
         if made_of != self._made_of:
             self._value, self._made_of = make(), made_of
-            self._kept = tensors, list(block._modules.values())  # so that an id stays its tensor's own
+            self._kept = tensors, list(layers)  # so that an id stays its tensor's own
         return self._value
 
     def __deepcopy__(self, memo):  # it holds nothing that can't be made again
@@ -51,6 +53,53 @@ class _Packed:
 
     def __reduce__(self):
         return _Packed, ()
+
+
+def _inference(x):
+    """True where weights can be folded and kept: on the CPU, and nobody records or transforms the call."""
+    return (
+        x.is_cpu
+        and x.dtype in _FLOATS
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+class ConvNorm2d(nn.Sequential):
+    """Sequential(convolution, batch norm, activation) in channels_last. In training norm and activation are one op
+    (mlcore.ops.batch_norm2d) behind torch's convolution; in inference everything is (mlcore.ops.PackedConv) where the
+    convolution sees few channels, as a network's first one.
+
+    forward(x (N, in_channels, H, W)) -> (N, out_channels, Ho, Wo)
+
+    Args:
+        conv: a torch.nn.Conv2d.
+        norm: a torch.nn.BatchNorm2d of its channels; others run as they are.
+        activation: a module; ReLU, ReLU6, SiLU and Identity are fused.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module, activation: nn.Module) -> None:
+        super().__init__(conv, norm, activation)
+        self._packed = _Packed()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        conv, norm, activation = self
+        if type(norm) is not nn.BatchNorm2d or not _fusable(norm, activation) or conv._forward_hooks:
+            return super().forward(x)
+        if _takes_batch(norm):
+            x = x.contiguous(memory_format=torch.channels_last)
+            return ops.batch_norm2d(conv(x), _batch_norm(norm, True), activation=_ACTIVATIONS[type(activation)])
+        narrow = conv.weight[0].numel() <= _PATCH and conv.groups == 1 and conv.padding_mode == "zeros"
+        if not narrow or not _inference(x):
+            return super().forward(x)
+        return self._packed(self, self._pack)(x)
+
+    def _pack(self):
+        conv, norm, activation = self
+        numbers = (conv.stride, conv.padding, conv.dilation)
+        words = {"norm": _batch_norm(norm, False), "activation": _ACTIVATIONS[type(activation)]}
+        return ops.PackedConv(conv.weight, conv.bias, *numbers, **words)
 
 
 class _Block(nn.Module):
@@ -62,31 +111,29 @@ class _Block(nn.Module):
         self.pointwise_activation = nn.Identity() if activation is None else activation()
         self._packed = _Packed()
 
-    def _tensors(self):
-        """What a packed block is made of; in-place changes show in their versions, others in their identities."""
-        layers = self._modules.values()
-        return [t for layer in layers for part in (layer._parameters, layer._buffers) for t in part.values() if t is not None]
-
     def _whole(self, x):
         """True where everything runs as one op with folded weights: inference on the CPU."""
         return (
-            x.is_cpu
-            and x.dtype in _FLOATS
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled("cpu")
-            and not _takes_batch(self.pointwise_norm)
-            and _fusable(self.pointwise_norm, self.pointwise_activation)
+            _inference(x) and not _takes_batch(self.pointwise_norm) and _fusable(self.pointwise_norm, self.pointwise_activation)
         )
 
     def _finish(self, z, residual):
         y = self.pointwise_activation(self.pointwise_norm(z))
         return y if residual is None else y + residual
 
+    def _trained(self):
+        """The op's arguments behind the second convolution where it serves its norm by the batch's moments; None else."""
+        if self.pointwise._forward_hooks or not _takes_batch(self.pointwise_norm):
+            return None
+        if not _fusable(self.pointwise_norm, self.pointwise_activation):
+            return None
+        norm, g = _batch_norm(self.pointwise_norm, True), _ACTIVATIONS[type(self.pointwise_activation)]
+        return {"pointwise_norm": norm, "pointwise_activation": g}
+
 
 class PointwiseConv2d(_Block):
-    """A 1x1 convolution with batch norm and an activation: torch's layers in training, in inference one op
-    (mlcore.ops.separable_conv2d without its depthwise half) with the norm folded into packed weights.
+    """A 1x1 convolution with batch norm and an activation as one op, mlcore.ops.separable_conv2d without its depthwise half; in
+    inference with the norm folded into packed weights.
 
     forward(x (N, in_channels, H, W), residual=None) -> (N, out_channels, H, W), plus the residual.
 
@@ -103,9 +150,12 @@ class PointwiseConv2d(_Block):
         self._add_pointwise(in_channels, out_channels, bias, norm, activation, {"device": device, "dtype": dtype})
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        if not self._whole(x):
+        if self._whole(x):
+            return self._packed(self, self._pack)(x, residual)
+        words = self._trained()
+        if words is None:
             return self._finish(self.pointwise(x), residual)
-        return self._packed(self, self._pack)(x, residual)
+        return ops.separable_conv2d(x, None, self.pointwise.weight, None, self.pointwise.bias, **words, residual=residual)
 
     def _pack(self):
         norm, g = _batch_norm(self.pointwise_norm, False), _ACTIVATIONS[type(self.pointwise_activation)]
@@ -116,7 +166,7 @@ class PointwiseConv2d(_Block):
 class DepthwiseSeparableConv2d(_Block):
     """The block of MobileNet (Howard et al. 2017): a depthwise convolution that filters each channel, then a pointwise one
     that mixes them, each followed by batch norm and an activation. One op (mlcore.ops.separable_conv2d) where it knows the
-    norm and the activation: in training up to the second convolution, in inference with all norms folded.
+    norms and the activations; in inference with all norms folded.
 
     forward(x (N, in_channels, H, W), residual=None) -> (N, out_channels, Ho, Wo), plus x itself with residual=True, or plus the
     tensor that is given.
@@ -185,7 +235,10 @@ class DepthwiseSeparableConv2d(_Block):
         norm = _batch_norm(self.depthwise_norm, training)
         weights = (conv.weight, self.pointwise.weight, conv.bias, self.pointwise.bias)
         numbers, f = (conv.stride, conv.padding, conv.dilation), _ACTIVATIONS[type(self.depthwise_activation)]
-        return self._finish(ops.separable_conv2d(x, *weights, *numbers, norm=norm, activation=f), residual)
+        words = self._trained()
+        if words is None:
+            return self._finish(ops.separable_conv2d(x, *weights, *numbers, norm=norm, activation=f), residual)
+        return ops.separable_conv2d(x, *weights, *numbers, norm=norm, activation=f, **words, residual=residual)
 
     def _pack(self):
         conv, norms = self.depthwise, (_batch_norm(n, False) for n in (self.depthwise_norm, self.pointwise_norm))

@@ -15,16 +15,18 @@ from .layer_norm import layer_norm
 from .linear_attention import linear_attention, linear_attention_step
 from .quant_linear import quant_linear
 from .rms_norm import rms_norm
-from .separable_conv import BatchNorm, PackedSeparable, separable_conv2d
+from .separable_conv import BatchNorm, PackedConv, PackedSeparable, batch_norm2d, separable_conv2d
 
 __all__ = [
     "BatchNorm",
+    "PackedConv",
     "PackedSeparable",
     "PackedSigns",
     "aft",
     "alibi_slopes",
     "attention",
     "attention_with_kvcache",
+    "batch_norm2d",
     "binarize",
     "binary_conv2d",
     "binary_linear",

@@ -1,7 +1,5 @@
-"""separable_conv: registration and the public function. The equations are in kernels/separable_conv/separable_conv.h.
-
-The kernels take x with contiguous channels and the pointwise weights in blocks; a norm between the two convolutions reaches
-them as one scale and shift a channel.
+"""separable_conv2d, batch_norm2d and PackedSeparable, the public functions. The equations are in
+kernels/separable_conv/separable_conv.h, what torch is told of them in _separable.py.
 """
 
 from __future__ import annotations
@@ -11,16 +9,15 @@ from typing import NamedTuple
 import torch
 
 from .._backend import choose
-from .._registry import autocast, create_graph, direct, kernel, needs_grad, reference_if_transformed, register
+from .._registry import autocast, kernel, needs_grad, reference_if_transformed
 from ..kernels.separable_conv import separable_conv_ref as ref
-
-_OP = "separable_conv"
-_BLOCK, _ROWS = 64, 16  # kBlock and kPartialRows of separable_conv_kernels.h
+from . import _separable as op
+from ._separable import OP, PLAIN
 
 
 class BatchNorm(NamedTuple):
-    """The norm between the convolutions, with the arguments of torch.nn.functional.batch_norm. training: normalise by the
-    batch's moments, and move the running ones (where given) towards them, in place.
+    """A batch norm with the arguments of torch.nn.functional.batch_norm. training: normalise by the batch's moments, and move
+    the running ones (where given) towards them, in place.
     """
 
     weight: torch.Tensor | None = None
@@ -30,218 +27,6 @@ class BatchNorm(NamedTuple):
     training: bool = False
     momentum: float = 0.1
     eps: float = 1e-5
-
-
-def _blocks(matrix):
-    K, N = matrix.shape
-    padded = torch.nn.functional.pad(matrix.to(torch.float32), (0, -N % _BLOCK, 0, -K % _BLOCK))
-    return padded.view(-(-K // _BLOCK), _BLOCK, -(-N // _BLOCK), _BLOCK).transpose(1, 2).contiguous()
-
-
-def _channels_last(t):
-    return t if t is None or t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last)
-
-
-def _new(x, shape, dtype=None):
-    N, C, H, W = shape
-    return x.new_empty(N, H, W, C, dtype=dtype).permute(0, 3, 1, 2)
-
-
-def _wide(t):
-    return None if t is None else t.to(torch.float32).contiguous()
-
-
-def _hidden_size(x, depthwise, numbers):
-    kernel_size = (1, 1) if depthwise is None else depthwise.shape[1:]
-    stride, dilation, pad = numbers[:2], numbers[2:4], numbers[4:]
-    return tuple(
-        (n + pad[2 * i] + pad[2 * i + 1] - (k - 1) * dilation[i] - 1) // stride[i] + 1
-        for i, (n, k) in enumerate(zip(x.shape[2:], kernel_size, strict=True))
-    )
-
-
-def _geometry(numbers):
-    """What kernels take of numbers: strides, dilations and the padding before."""
-    return (*numbers[:4], numbers[4], numbers[6])
-
-
-def _run_fwd(x, depthwise, scale, shift, blocks, bias, residual, channels, numbers, f, g, impl):
-    x, residual = _channels_last(x), _channels_last(residual)
-    y = _new(x, (x.shape[0], channels, *_hidden_size(x, depthwise, numbers)))
-    tensors = (x, _wide(depthwise), _wide(scale), _wide(shift), blocks, _wide(bias), residual)
-    kernel(_OP, "fwd", impl)(*tensors, *_geometry(numbers), f, g, y)
-    return y
-
-
-def _partial_shapes(x, size):
-    P = -(-x.shape[0] * size[0] // _ROWS)
-    return (P, 2, x.shape[1]), (P, x.shape[1])
-
-
-def _run_hidden(x, depthwise, scale, shift, numbers, f, want_a, impl):
-    """a, or with want_a=False what moments() needs."""
-    x, size = _channels_last(x), _hidden_size(x, depthwise, numbers)
-    a = _new(x, (*x.shape[:2], *size)) if want_a else None
-    partial, origin = (None, None) if want_a else (x.new_empty(s, dtype=torch.float32) for s in _partial_shapes(x, size))
-    tensors = (x, _wide(depthwise), _wide(scale), _wide(shift))
-    kernel(_OP, "hidden", impl)(*tensors, *_geometry(numbers), f, *size, a, partial, origin)
-    return tuple(x.new_empty(0) if t is None else t for t in (a, partial, origin))
-
-
-def _run_bwd(d, x, depthwise, scale, shift, by_h, constant, numbers, f, impl):
-    x = _channels_last(x)
-    partial = x.new_empty(_partial_shapes(x, d.shape[2:])[0] if by_h is None else 0, dtype=torch.float32)
-    tensors = (x, _wide(depthwise), _wide(scale), _wide(shift), _wide(by_h), _wide(constant))
-    kernel(_OP, "bwd", impl)(d, *tensors, *_geometry(numbers), f, partial if by_h is None else None)
-    return partial
-
-
-def _fwd_fake(x, depthwise, scale, shift, blocks, bias, residual, channels, numbers, f, g, impl):
-    return _new(x, (x.shape[0], channels, *_hidden_size(x, depthwise, numbers)))
-
-
-def _hidden_fake(x, depthwise, scale, shift, numbers, f, want_a, impl):
-    size = _hidden_size(x, depthwise, numbers)
-    if want_a:
-        return _new(x, (*x.shape[:2], *size)), x.new_empty(0), x.new_empty(0)
-    return x.new_empty(0), *(x.new_empty(s, dtype=torch.float32) for s in _partial_shapes(x, size))
-
-
-def _bwd_fake(d, x, depthwise, scale, shift, by_h, constant, numbers, f, impl):
-    return x.new_empty(_partial_shapes(x, d.shape[2:])[0] if by_h is None else 0, dtype=torch.float32)
-
-
-_HIDDEN = "Tensor x, Tensor? depthwise, Tensor? scale, Tensor? shift"
-_fwd = register(
-    f"separable_conv_fwd({_HIDDEN}, Tensor blocks, Tensor? bias, Tensor? residual, SymInt channels, SymInt[] numbers, int f,"
-    " int g, str impl) -> Tensor",
-    launch=_run_fwd,
-    fake=_fwd_fake,
-)
-_hidden = register(
-    f"separable_conv_hidden({_HIDDEN}, SymInt[] numbers, int f, bool want_a, str impl)"
-    " -> (Tensor a, Tensor partial, Tensor origin)",
-    launch=_run_hidden,
-    fake=_hidden_fake,
-)
-_bwd = register(
-    f"separable_conv_bwd(Tensor(a!) d, {_HIDDEN}, Tensor? by_h, Tensor? constant, SymInt[] numbers, int f, str impl) -> Tensor",
-    launch=_run_bwd,
-    fake=_bwd_fake,
-)
-
-
-def _moments(x, depthwise, numbers, impl):
-    """Mean and biased variance of h, float32: sums of 16 rows about their first pixel, put together in float64."""
-    run = _run_hidden if direct(x, depthwise) else _hidden
-    _, partial, origin = run(x, depthwise, None, None, numbers, 0, False, impl)
-    height, width = _hidden_size(x, depthwise, numbers)
-    rows, P = x.shape[0] * height, partial.shape[0]
-    counts = torch.full((P, 1), _ROWS * width, dtype=torch.float64, device=x.device)
-    counts[-1] -= (P * _ROWS - rows) * width
-    first, second = partial.double().unbind(1)
-    means = origin.double() + first / counts
-    mean = (means * counts).sum(0) / (rows * width)
-    total = (second - first.square() / counts + counts * (means - mean).square()).sum(0)
-    return mean.float(), (total / (rows * width)).clamp_min(0).float()
-
-
-class _SeparableConv(torch.autograd.Function):
-    """z = pointwise * f(scale * h + shift); with `moments` (mean, rstd) scale and shift are a batch norm's, whose weight and
-    bias they were made of, and gradients pass through the moments too.
-    """
-
-    @staticmethod
-    def forward(ctx, x, depthwise, weight, bias, pointwise, moments, numbers, f, impl):
-        scale, shift = weight, bias
-        if moments is not None:
-            mean, rstd = moments
-            scale = rstd if weight is None else weight * rstd
-            shift = -mean * scale if bias is None else bias - mean * scale
-        ctx.numbers, ctx.f, ctx.impl, ctx.moments = numbers, f, impl, moments
-        ctx.save_for_backward(x, depthwise, weight, bias, pointwise, scale, shift)
-        run = _run_fwd if direct(x, depthwise, pointwise) else _fwd
-        blocks = _blocks(pointwise.detach().t())
-        return run(x, depthwise, scale, shift, blocks, None, None, pointwise.shape[0], numbers, f, 0, impl)
-
-    @staticmethod
-    def backward(ctx, dz):
-        if create_graph():
-            return *_differentiable_gradients(ctx, dz), None, None, None, None
-        x, depthwise, weight, bias, pointwise, scale, shift = ctx.saved_tensors
-        plain = direct(dz, x, pointwise)
-        hidden, back = (_run_hidden, _run_bwd) if plain else (_hidden, _bwd)
-        J, C = pointwise.shape
-        dz_pixels = _channels_last(dz).permute(0, 2, 3, 1).reshape(-1, J)
-        dpointwise = None
-        if ctx.needs_input_grad[4]:
-            a, _, _ = hidden(x, depthwise, scale, shift, ctx.numbers, ctx.f, True, ctx.impl)
-            dpointwise = (dz_pixels.t() @ a.permute(0, 2, 3, 1).reshape(-1, C)).to(pointwise.dtype)
-            del a
-        if not any(ctx.needs_input_grad[:4]):
-            return None, None, None, None, dpointwise, None, None, None, None
-        d = (dz_pixels @ pointwise.to(dz.dtype)).view(dz.shape[0], *dz.shape[2:], C).permute(0, 3, 1, 2)
-        sums = back(d, x, depthwise, scale, shift, None, None, ctx.numbers, ctx.f, ctx.impl).double().sum(0)
-        dshift, dscale = sums[0], sums[1]
-        if ctx.moments is not None:
-            mean, rstd = (t.double() for t in ctx.moments)
-            dscale = rstd * (dscale - mean * dshift)
-            n = max(d.numel() // max(C, 1), 1)
-            by_h = -scale * rstd * dscale / n
-            constant = -scale * dshift / n - by_h * mean
-            back(d, x, depthwise, scale, shift, by_h, constant, ctx.numbers, ctx.f, ctx.impl)
-            scale = None
-        dx, ddepthwise = _hidden_gradients(ctx, d, x, depthwise, scale)
-        return (
-            dx,
-            ddepthwise,
-            None if weight is None else dscale.to(weight.dtype),
-            None if bias is None else dshift.to(bias.dtype),
-            dpointwise,
-            *(None,) * 4,
-        )
-
-
-def _hidden_gradients(ctx, d, x, depthwise, scale):
-    """Of x and the depthwise weights from d, the gradient of scale * h (of h where scale is None)."""
-    need_x, need_weight = ctx.needs_input_grad[:2]
-    if depthwise is None:
-        by = d if scale is None else d * scale.view(1, -1, 1, 1).to(d.dtype)
-        return by if need_x else None, None
-    stride, dilation, pad = ([1, *ctx.numbers[i : i + 2]] for i in (0, 2, 4))
-    scaled = _wide(depthwise if scale is None else depthwise * scale.view(-1, 1, 1))
-    pad = [0, 0, *ctx.numbers[4:]]
-    args = (d.unsqueeze(2), x.unsqueeze(2), scaled.unsqueeze(1), stride, dilation, pad, need_x, need_weight, ctx.impl)
-    dx, dweight, _ = torch.ops.mlcore.depthwise_conv_bwd(*args)
-    if need_weight:
-        dweight = dweight.squeeze(1) if scale is None else dweight.squeeze(1) * scale.view(-1, 1, 1)
-    return dx.squeeze(2) if need_x else None, dweight.to(depthwise.dtype) if need_weight else None
-
-
-def _differentiable_gradients(ctx, dz):
-    """Gradients with a graph, for create_graph=True: the reference's, which differentiates without end."""
-    tensors = ctx.saved_tensors[:5]
-    with torch.enable_grad():
-        z = _reference(*tensors, ctx.moments, ctx.numbers, ctx.f)
-        wanted = [(i, t) for i, t in enumerate(tensors) if ctx.needs_input_grad[i]]
-        found = torch.autograd.grad(z, [t for _, t in wanted], dz, create_graph=True)
-    grads = dict(zip((i for i, _ in wanted), found, strict=True))
-    return tuple(grads.get(i) for i in range(5))
-
-
-def _reference(x, depthwise, weight, bias, pointwise, moments, numbers, f):
-    """z as _SeparableConv has it, in plain torch; moments is (mean, rstd), taken again with their graph, or None."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    h = ref.hidden(x.to(wide), None if depthwise is None else depthwise.to(wide), numbers[:2], numbers[2:4], numbers[4:])
-    if moments is not None:
-        mean, variance = ref.batch_norm_moments(h)
-        eps = moments[1].to(wide).pow(-2).sub(variance).detach()
-        rstd = (variance + eps).rsqrt()
-        scale = rstd if weight is None else weight.to(wide) * rstd
-        bias = -mean * scale if bias is None else bias.to(wide) - mean * scale
-        weight = scale
-    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
-    return ref.finish(h, weight, bias, pointwise.to(wide), None, f, 0, None).to(x.dtype)
 
 
 def _pair(name, value, least):
@@ -270,38 +55,49 @@ def _numbers(x, depthwise_weight, stride, padding, dilation):
     return (*stride, *dilation, *pad)
 
 
-def _code(name, activation):
+def _code(function, name, activation):
     if activation not in ref.ACTIVATIONS:
         allowed = ", ".join(map(repr, ref.ACTIVATIONS))
-        raise ValueError(f"separable_conv2d: {name} must be one of {allowed}; got {activation!r}")
+        raise ValueError(f"{function}: {name} must be one of {allowed}; got {activation!r}")
     return ref.ACTIVATIONS[activation]
 
 
-def _check(x, depthwise_weight, pointwise_shape, depthwise_bias, pointwise_bias, norm, residual):
-    op = "separable_conv2d"
+def _check_norm(name, norm, channels):
+    for field in norm._fields[:4]:
+        t = getattr(norm, field)
+        if t is not None and t.shape != (channels,):
+            raise ValueError(f"{name}.{field} must have shape ({channels},); got {tuple(t.shape)}")
+    if not norm.training and (norm.running_mean is None or norm.running_var is None):
+        raise ValueError(f"{name} needs running_mean and running_var where it is not training")
+
+
+def _check(x, depthwise_weight, pointwise_shape, depthwise_bias, pointwise_bias, norms, residual):
+    name = "separable_conv2d"
     if x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f"{op}: x must be a floating-point tensor (N, C, H, W); got {x.dtype} {tuple(x.shape)}")
+        raise ValueError(f"{name}: x must be a floating-point tensor (N, C, H, W); got {x.dtype} {tuple(x.shape)}")
     C = hidden = x.shape[1]
     if depthwise_weight is not None:
         shape = depthwise_weight.shape
         if len(shape) != 4 or shape[1] != 1 or C == 0 or shape[0] % C or 0 in shape:
             raise ValueError(
-                f"{op}: depthwise_weight must be (C * multiplier, 1, KH, KW) with C = {C} >= 1; got {tuple(shape)}"
+                f"{name}: depthwise_weight must be (C * multiplier, 1, KH, KW) with C = {C} >= 1; got {tuple(shape)}"
             )
         hidden = shape[0]
     if pointwise_shape[2:] not in ((), (1, 1)) or pointwise_shape[1:2] != (hidden,) or 0 in pointwise_shape:
-        raise ValueError(f"{op}: pointwise_weight must be (J, {hidden}, 1, 1); got {tuple(pointwise_shape)}")
-    vectors = [("depthwise_bias", depthwise_bias, hidden), ("pointwise_bias", pointwise_bias, pointwise_shape[0])]
-    vectors += [] if norm is None else [(f"norm.{n}", getattr(norm, n), hidden) for n in norm._fields[:4]]
-    for name, t, size in vectors:
+        raise ValueError(f"{name}: pointwise_weight must be (J, {hidden}, 1, 1); got {tuple(pointwise_shape)}")
+    for word, t, size in (
+        ("depthwise_bias", depthwise_bias, hidden),
+        ("pointwise_bias", pointwise_bias, pointwise_shape[0]),
+    ):
         if t is not None and t.shape != (size,):
-            raise ValueError(f"{op}: {name} must have shape ({size},); got {tuple(t.shape)}")
-    if norm is not None and not norm.training and (norm.running_mean is None or norm.running_var is None):
-        raise ValueError(f"{op}: norm needs running_mean and running_var where it is not training")
+            raise ValueError(f"{name}: {word} must have shape ({size},); got {tuple(t.shape)}")
+    for word, norm, size in zip(("norm", "pointwise_norm"), norms, (hidden, pointwise_shape[0]), strict=True):
+        if norm is not None:
+            _check_norm(f"{name}: {word}", norm, size)
     tensors = [("residual", residual, (x.dtype,)), ("depthwise_weight", depthwise_weight, (x.dtype, torch.float32))]
-    for name, t, dtypes in tensors:
+    for word, t, dtypes in tensors:
         if t is not None and (t.dtype not in dtypes or t.device != x.device):
-            raise ValueError(f"{op}: {name} must be {dtypes[0]} as x, on {x.device}; got {t.dtype} on {t.device}")
+            raise ValueError(f"{name}: {word} must be {dtypes[0]} as x, on {x.device}; got {t.dtype} on {t.device}")
 
 
 def _fold(norm, depthwise_bias):
@@ -314,27 +110,78 @@ def _fold(norm, depthwise_bias):
     return scale, -mean * scale if norm.bias is None else norm.bias - mean * scale
 
 
-def _batch_moments(x, depthwise, norm, depthwise_bias, numbers, backend):
-    """(mean, rstd) of this batch's h; moves the running moments."""
-    n = x.shape[0] * _hidden_size(x, depthwise, numbers)[0] * _hidden_size(x, depthwise, numbers)[1]
-    if n <= 1:
-        raise ValueError(f"separable_conv2d: a training norm needs more than one value a channel; got {n}")
+def _used(name, norm, moments, count, conv_bias):
+    """(mean, rstd) of (mean, variance) over `count` values; moves the running moments, as a bias before the norm does."""
+    if count <= 1:
+        raise ValueError(f"{name}: a training norm needs more than one value a channel; got {count}")
+    with torch.no_grad():
+        mean, variance = moments.unbind(0)
+        if norm.running_mean is not None:
+            moved = mean if conv_bias is None else mean + conv_bias
+            norm.running_mean.lerp_(moved.to(norm.running_mean.dtype), norm.momentum)
+        if norm.running_var is not None:
+            norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
+        return torch.stack((mean, (variance + norm.eps).rsqrt()))
+
+
+def _batch_moments(name, x, depthwise, norm, conv_bias, numbers, backend):
+    """(mean, rstd) of this batch's h, as _used has them."""
+    size = op.hidden_size(x, depthwise, numbers)
     with torch.no_grad():
         if backend == "reference":
             wide = torch.promote_types(x.dtype, torch.float32)
             h = ref.hidden(
                 x.to(wide), None if depthwise is None else depthwise.to(wide), numbers[:2], numbers[2:4], numbers[4:]
             )
-            mean, variance = ref.batch_norm_moments(h)
+            moments = torch.stack(ref.batch_norm_moments(h))
         else:
-            mean, variance = _moments(x.detach(), None if depthwise is None else depthwise.detach(), numbers, backend)
-        if norm.running_mean is not None:
-            norm.running_mean.lerp_(
-                (mean if depthwise_bias is None else mean + depthwise_bias).to(norm.running_mean.dtype), norm.momentum
-            )
-        if norm.running_var is not None:
-            norm.running_var.lerp_((variance * (n / (n - 1))).to(norm.running_var.dtype), norm.momentum)
-        return mean, (variance + norm.eps).rsqrt()
+            moments = op.moments_of(x.detach(), None if depthwise is None else depthwise.detach(), numbers, backend)
+    return _used(name, norm, moments, x.shape[0] * size[0] * size[1], conv_bias)
+
+
+def batch_norm2d(
+    x: torch.Tensor,
+    norm: BatchNorm,
+    *,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Batch normalisation (Ioffe and Szegedy 2015) by the moments of this batch with an activation and a residual behind it, in
+    two passes over x and one result: activation(weight * (x - mean) * rstd + bias) + residual.
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16 or float16 (float64 and other devices: the reference); channels_last is native.
+        norm: with training=True; running moments, where given, are moved in place.
+        activation: None, "relu", "relu6" or "silu".
+        residual: x's shape and dtype.
+        impl: "cpu" or "reference"; None chooses (see mlcore.explain, op "separable_conv").
+
+    Returns:
+        y (N, C, H, W) in x's dtype, channels_last. Differentiable; second derivatives go through the reference.
+
+    Raises:
+        ValueError: shapes, dtypes or values break the rules above, or impl can't serve the call.
+    """
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"batch_norm2d: x must be a floating-point tensor (N, C, H, W); got {x.dtype} {tuple(x.shape)}")
+    _check_norm("batch_norm2d: norm", norm, x.shape[1])
+    if not norm.training:
+        raise ValueError("batch_norm2d: norm must be training; got training=False")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"batch_norm2d: residual must be {x.dtype} {tuple(x.shape)} as x; got {residual.dtype} {tuple(residual.shape)}"
+        )
+    f, backend = _code("batch_norm2d", "activation", activation), choose(OP, reference_if_transformed("batch_norm2d", impl), x)
+    moments = _batch_moments("batch_norm2d", x, None, norm, None, PLAIN, backend)
+    return _normalised(x, norm, moments, f, residual, backend)
+
+
+def _normalised(x, norm, moments, f, residual, backend):
+    if backend == "reference":
+        y = op.reference(x, None, norm.weight, norm.bias, None, moments, PLAIN, f)
+        return y if residual is None else y + residual
+    return op.NormActivation.apply(x, norm.weight, norm.bias, residual, moments, f, backend)
 
 
 def separable_conv2d(
@@ -349,23 +196,24 @@ def separable_conv2d(
     *,
     norm: BatchNorm | None = None,
     activation: str | None = None,
+    pointwise_norm: BatchNorm | None = None,
     pointwise_activation: str | None = None,
     residual: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
     """A depthwise and a pointwise convolution in one pass (the block of MobileNet, Howard et al. 2017):
-    pointwise_activation(pointwise(activation(norm(depthwise(x))))) + residual. What the depthwise convolution makes is never
-    kept: a strip of it is multiplied while it is in the cache, and backward computes it again.
+    pointwise_activation(pointwise_norm(pointwise(activation(norm(depthwise(x)))))) + residual. What the depthwise convolution
+    makes is never kept: a strip of it is multiplied while it is in the cache, and backward computes it again.
 
     Args:
         x: (N, C, H, W), float32, bfloat16 or float16 (float64 and other devices: the reference). channels_last is native; other
             layouts are copied to it. A multiplier makes a copy of x with repeated channels.
         depthwise_weight: (C * multiplier, 1, KH, KW), or None: a pointwise convolution alone.
         pointwise_weight: (J, C * multiplier, 1, 1). It is packed in every call; PackedSeparable does so once.
-        depthwise_bias, pointwise_bias: (C * multiplier), (J). A training norm cancels depthwise_bias: it moves running_mean and
-            gets no gradient.
+        depthwise_bias, pointwise_bias: (C * multiplier), (J). A training norm behind them cancels them: they move running_mean
+            and get no gradient.
         stride, padding, dilation: as depthwise_conv2d has them, zeros outside; padding may be "same" (stride 1) or "valid".
-        norm: a BatchNorm between the convolutions; with training=True it takes the batch's moments.
+        norm, pointwise_norm: a BatchNorm behind each convolution; with training=True it takes the batch's moments.
         activation, pointwise_activation: None, "relu", "relu6" or "silu".
         residual: (N, J, Ho, Wo), added last.
         impl: "cpu" or "reference"; None chooses (see mlcore.explain, op "separable_conv").
@@ -377,36 +225,45 @@ def separable_conv2d(
         ValueError: shapes, dtypes or values break the rules above, or impl can't serve the call.
     """
     x, depthwise_weight, pointwise_weight, residual = autocast(x.device.type, x, depthwise_weight, pointwise_weight, residual)
-    shape = tuple(pointwise_weight.shape)
-    _check(x, depthwise_weight, shape, depthwise_bias, pointwise_bias, norm, residual)
+    name, shape, last = "separable_conv2d", tuple(pointwise_weight.shape), pointwise_norm
+    _check(x, depthwise_weight, shape, depthwise_bias, pointwise_bias, (norm, last), residual)
     numbers = _numbers(x, depthwise_weight, stride, padding, dilation)
-    f, g = _code("activation", activation), _code("pointwise_activation", pointwise_activation)
-    backend = choose(_OP, reference_if_transformed("separable_conv2d", impl), x)
+    f, g = (_code(name, n, a) for n, a in (("activation", activation), ("pointwise_activation", pointwise_activation)))
+    backend = choose(OP, reference_if_transformed(name, impl), x)
     depthwise = None if depthwise_weight is None else depthwise_weight.squeeze(1)
     if depthwise is None:  # then stride and padding are torch's, with their gradients
         top, bottom, left, right = numbers[4:]
         x = torch.nn.functional.pad(x, (left, right, top, bottom)) if any(numbers[4:]) else x
-        x, numbers = x[:, :, :: numbers[0], :: numbers[1]], (1, 1, 1, 1, 0, 0, 0, 0)
+        x, numbers = x[:, :, :: numbers[0], :: numbers[1]], PLAIN
     elif depthwise.shape[0] != x.shape[1]:
         x = x.repeat_interleave(depthwise.shape[0] // x.shape[1], 1)
-    training = norm is not None and norm.training
-    moments = _batch_moments(x, depthwise, norm, depthwise_bias, numbers, backend) if training else None
+    training, last_training = (n is not None and n.training for n in (norm, last))
+    moments = _batch_moments(name, x, depthwise, norm, depthwise_bias, numbers, backend) if training else None
     scale, shift = (norm.weight, norm.bias) if training else _fold(norm, depthwise_bias)
     matrix = pointwise_weight.reshape(shape[:2])
+    if last is not None and not last_training:
+        factor, pointwise_bias = _fold(last, pointwise_bias)
+        matrix = (matrix * factor[:, None]).to(matrix.dtype)
     if backend == "reference":
-        return _finish(_reference(x, depthwise, scale, shift, matrix, moments, numbers, f), pointwise_bias, g, residual)
-    if needs_grad(x, depthwise, scale, shift, matrix):
-        z = _SeparableConv.apply(x, depthwise, scale, shift, matrix, moments, numbers, f, backend)
+        z, taken = op.reference(x, depthwise, scale, shift, matrix, moments, numbers, f), None
+    elif last_training or needs_grad(x, depthwise, scale, shift, matrix):
+        args = (x, depthwise, scale, shift, matrix, moments, numbers, f, last_training, backend)
+        z, taken = op.SeparableConv.apply(*args)
+    else:
+        if training:
+            scale, shift = op._affine(scale, shift, moments)
+        kept = (scale, shift, op.blocks_of(matrix.t()))
+        if needs_grad(pointwise_bias, residual):  # of these alone: the rest is a constant
+            y = op.forward(x, depthwise, None, *kept, None, shape[0], numbers, f, 0, False, backend)[0]
+            return _finish(y, pointwise_bias, g, residual)
+        return op.forward(x, depthwise, residual, *kept, pointwise_bias, shape[0], numbers, f, g, False, backend)[0]
+    if not last_training:
         return _finish(z, pointwise_bias, g, residual)
-    if training:
-        mean, rstd = moments
-        scale = rstd if scale is None else scale * rstd
-        shift = -mean * scale if shift is None else shift - mean * scale
-    run = _run_fwd if direct(x, depthwise, residual) else _fwd
-    kept = (x, depthwise, scale, shift, _blocks(matrix.t()))
-    if needs_grad(pointwise_bias, residual):  # of these alone: the rest is a constant
-        return _finish(run(*kept, None, None, shape[0], numbers, f, 0, backend), pointwise_bias, g, residual)
-    return run(*kept, pointwise_bias, residual, shape[0], numbers, f, g, backend)
+    if taken is None:
+        with torch.no_grad():
+            taken = torch.stack(ref.batch_norm_moments(z.to(torch.promote_types(z.dtype, torch.float32))))
+    moments = _used(name, last, taken, z.numel() // shape[0], pointwise_bias)
+    return _normalised(z, last, moments, g, residual, backend)
 
 
 def _finish(z, bias, g, residual):
@@ -414,7 +271,69 @@ def _finish(z, bias, g, residual):
     return y if residual is None else y + residual
 
 
-class PackedSeparable:
+class _PackedProduct:
+    """Weights of a product in the kernel's blocks, with the norm behind it folded in, and its epilogue."""
+
+    def __init__(self, matrix, bias, norm, activation) -> None:
+        if norm is not None and norm.training:
+            raise ValueError(f"{type(self).__name__}: norms must have fixed moments; got training=True")
+        with torch.no_grad():
+            scale, bias = _fold(norm, bias)
+            self._blocks = op.blocks_of((matrix if scale is None else matrix * scale[:, None]).t())
+            self._bias = op.wide(bias)
+        self._kernel, self._geometries = kernel(OP, "fwd", "cpu"), {}
+        self._channels, self._g = matrix.shape[0], activation
+
+    def _refuse_gradients(self, *tensors):
+        if needs_grad(*tensors):
+            raise ValueError(f"{type(self).__name__}: it has no gradients; call it under torch.no_grad()")
+
+
+class PackedConv(_PackedProduct):
+    """torch.nn.functional.conv2d for few input channels, with everything that inference knows beforehand done once: the norm
+    folded into the weights, these packed. Without gradients, on the CPU.
+
+    Args:
+        weight: (J, C, KH, KW).
+        bias: (J), or None.
+        stride, padding, dilation: as separable_conv2d has them.
+        norm: a BatchNorm with fixed moments behind the convolution.
+        activation: None, "relu", "relu6" or "silu".
+
+    Calling it with x (N, C, H, W) of any strides gives y (N, J, Ho, Wo), channels_last.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        stride: int | tuple[int, int] = 1,
+        padding: int | str | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        *,
+        norm: BatchNorm | None = None,
+        activation: str | None = None,
+    ) -> None:
+        matrix = weight.detach().permute(0, 2, 3, 1).reshape(weight.shape[0], -1).float()
+        super().__init__(matrix, bias, norm, _code("PackedConv", "activation", activation))
+        self._of, self._words = weight[:1, :1], (stride, padding, dilation)
+        self._in_channels = weight.shape[1]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self._refuse_gradients(x)
+        found = self._geometries.get(x.shape)
+        if found is None:
+            if x.dim() != 4 or x.shape[1] != self._in_channels:
+                raise ValueError(f"PackedConv: x must be (N, {self._in_channels}, H, W); got {tuple(x.shape)}")
+            numbers = _numbers(x, self._of, *self._words)
+            size = (x.shape[0], self._channels, *op.hidden_size(x, self._of[0], numbers))
+            found = self._geometries[x.shape] = (*op.geometry(numbers), *self._of.shape[2:]), size
+        y = torch.empty(found[1], dtype=x.dtype, memory_format=torch.channels_last)
+        self._kernel(x, None, None, None, self._blocks, self._bias, None, *found[0], 0, self._g, y, None, None)
+        return y
+
+
+class PackedSeparable(_PackedProduct):
     """separable_conv2d with everything that inference knows beforehand done once: both norms folded into the weights, the
     pointwise ones packed. Without gradients, on the CPU.
 
@@ -438,22 +357,21 @@ class PackedSeparable:
         activation: str | None = None,
         pointwise_activation: str | None = None,
     ) -> None:
-        if any(n is not None and n.training for n in (norm, pointwise_norm)):
+        if norm is not None and norm.training:
             raise ValueError("PackedSeparable: norms must have fixed moments; got training=True")
+        matrix = pointwise_weight.detach().reshape(pointwise_weight.shape[:2]).float()
+        super().__init__(
+            matrix, pointwise_bias, pointwise_norm, _code("PackedSeparable", "pointwise_activation", pointwise_activation)
+        )
         with torch.no_grad():
-            self._scale, self._shift = (_wide(t) for t in _fold(norm, depthwise_bias))
-            scale, bias = _fold(pointwise_norm, pointwise_bias)
-            matrix = pointwise_weight.reshape(pointwise_weight.shape[:2]).float()
-            self._blocks = _blocks((matrix if scale is None else matrix * scale[:, None]).t())
-            self._bias, self._depthwise = _wide(bias), None
+            self._scale, self._shift = (op.wide(t) for t in _fold(norm, depthwise_bias))
+            self._depthwise = None
             if depthwise_weight is not None:
-                kernel_weight = _wide(depthwise_weight).squeeze(1)
+                kernel_weight = op.wide(depthwise_weight).squeeze(1)
                 self._depthwise = kernel_weight if self._scale is None else kernel_weight * self._scale[:, None, None]
                 self._scale = None
-        self._channels, self._hidden = pointwise_weight.shape[:2]
-        self._words = (stride, padding, dilation)
-        self._f, self._g = _code("activation", activation), _code("pointwise_activation", pointwise_activation)
-        self._kernel, self._geometries = kernel(_OP, "fwd", "cpu"), {}
+        self._hidden, self._words = pointwise_weight.shape[1], (stride, padding, dilation)
+        self._f = _code("PackedSeparable", "activation", activation)
 
     def _geometry(self, x):
         found = self._geometries.get(x.shape)
@@ -463,18 +381,17 @@ class PackedSeparable:
                 raise ValueError(f"separable_conv2d: x must be (N, C, H, W) with C of the weights; got {tuple(x.shape)}")
             weight = None if self._depthwise is None else self._depthwise.unsqueeze(1)
             numbers = _numbers(x, weight, *self._words)
-            size = (x.shape[0], self._channels, *_hidden_size(x, self._depthwise, numbers))
-            found = self._geometries[x.shape] = multiplier, _geometry(numbers), size
+            size = (x.shape[0], self._channels, *op.hidden_size(x, self._depthwise, numbers))
+            found = self._geometries[x.shape] = multiplier, op.geometry(numbers), size
         return found
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        if needs_grad(x, residual):
-            raise ValueError("PackedSeparable: it has no gradients; call it under torch.no_grad(), or separable_conv2d")
+        self._refuse_gradients(x, residual)
         multiplier, geometry, size = self._geometry(x)
         if multiplier != 1:
             x = x.repeat_interleave(multiplier, 1)
-        x, residual = _channels_last(x), _channels_last(residual)
+        x, residual = op.channels_last(x), op.channels_last(residual)
         y = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
         tensors = (x, self._depthwise, self._scale, self._shift, self._blocks, self._bias, residual)
-        self._kernel(*tensors, *geometry, self._f, self._g, y)
+        self._kernel(*tensors, *geometry, 0, 0, self._f, self._g, y, None, None)
         return y
