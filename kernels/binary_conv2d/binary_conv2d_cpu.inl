@@ -7,23 +7,29 @@
 namespace mlcore::MLC_ISA {
 namespace {
 
-// Pixels of planes x (C, HW): W of them at a time, a channel after the other.
-template <class T>
-void pack_planes(const BinaryConvPack& p, const T* x, int64_t begin, int64_t end, uint32_t* to, float* scale) {
-  for (int64_t at = begin; at < end; at += Vec::W) {
-    const int n = static_cast<int>(min<int64_t>(Vec::W, end - at));
-    Vec total = Vec::zero();
-    for (int64_t w = 0; w < p.words; ++w) {
-      SignWords signs;
-      for (int64_t c = 32 * w; c < min(32 * w + 32, p.C); ++c) {
-        const Vec v = load_some(x + c * p.HW + at, n);
-        signs.mark(v, 1u << (8 * (c % 4) + c % 32 / 4));
-        if (scale) total = total + absolute(v);
+constexpr int kPackVecs = 8;  // vectors of a plane that are packed together: several cache lines of it at a time
+
+// kVecs * W pixels of planes x (C, HW) from x on, or the first n of one vector: a channel after the other.
+template <int kVecs, class T>
+void pack_planes(const BinaryConvPack& p, const T* x, int n, uint32_t* to, float* scale) {
+  constexpr int W = Vec::W;
+  Vec total[kVecs];
+  for (int j = 0; j < kVecs; ++j) total[j] = Vec::zero();
+  for (int64_t w = 0; w < p.words; ++w) {
+    SignWords signs[kVecs];
+    for (int64_t c = 32 * w; c < min(32 * w + 32, p.C); ++c) {
+      const uint32_t bit = 1u << (8 * (c % 4) + c % 32 / 4);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) {
+        const Vec v = load_some(x + c * p.HW + j * W, n);
+        signs[j].mark(v, bit);
+        if (scale) total[j] = total[j] + absolute(v);
       }
-      signs.store(to + at * p.words + w, p.words, n);
     }
-    if (scale) store_some(scale + at, total / Vec::set1(static_cast<float>(max<int64_t>(p.C, 1))), n);
+    for (int j = 0; j < kVecs; ++j) signs[j].store(to + j * W * p.words + w, p.words, n);
   }
+  const Vec channels = Vec::set1(static_cast<float>(max<int64_t>(p.C, 1)));
+  for (int j = 0; scale && j < kVecs; ++j) store_some(scale + j * W, total[j] / channels, n);
 }
 
 void pack(const BinaryConvPack& p, int64_t image, int64_t begin, int64_t end) {
@@ -31,14 +37,19 @@ void pack(const BinaryConvPack& p, int64_t image, int64_t begin, int64_t end) {
   float* scale = p.scale ? p.scale + image * p.HW : nullptr;
   with_type(p.dtype, [&](auto type) {
     const auto* x = static_cast<const decltype(type)*>(p.x) + image * p.C * p.HW;
-    if (!p.channels_last) return pack_planes(p, x, begin, end, to, scale);
-    for (int64_t at = begin; at < end; ++at) {
-      if (scale) {
-        scale[at] = sign_words<true>(x + at * p.C, p.C, to + at * p.words) / static_cast<float>(max<int64_t>(p.C, 1));
-      } else {
-        sign_words<false>(x + at * p.C, p.C, to + at * p.words);
+    if (p.channels_last) {
+      for (int64_t at = begin; at < end; ++at) {
+        sign_bits(x + at * p.C, p.C, to + at * p.words);
+        if (scale) scale[at] = mean_magnitude(x + at * p.C, p.C);
       }
+      return order_words(to + begin * p.words, (end - begin) * p.words);
     }
+    int64_t at = begin;
+    const auto sums = [&] { return scale ? scale + at : nullptr; };
+    for (; at + kPackVecs * Vec::W <= end; at += kPackVecs * Vec::W)
+      pack_planes<kPackVecs>(p, x + at, Vec::W, to + at * p.words, sums());
+    for (; at < end; at += Vec::W)
+      pack_planes<1>(p, x + at, static_cast<int>(min<int64_t>(Vec::W, end - at)), to + at * p.words, sums());
   });
 }
 
@@ -84,8 +95,8 @@ void copy_words(uint32_t* to, const uint32_t* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];
 }
 
-// The words under a pixel of y, (kh, kw, channel_words).
-void gather(const BinaryConv& p, const uint32_t* image, int64_t pixel, uint32_t* to) {
+// The words under a pixel of y, (kh, kw, channel_words); how many taps are inside.
+int64_t gather(const BinaryConv& p, const uint32_t* image, int64_t pixel, uint32_t* to) {
   const Place at(p, pixel);
   const int64_t cw = p.channel_words;
   if (at.taps() < p.kh * p.kw) memset(to, 0, sizeof(uint32_t) * static_cast<size_t>(p.w.words));
@@ -98,6 +109,7 @@ void gather(const BinaryConv& p, const uint32_t* image, int64_t pixel, uint32_t*
       for (int64_t v = at.cols.begin; v < at.cols.end; ++v) copy_words(out + v * cw, line + (at.left + v * p.dw) * cw, cw);
     }
   }
+  return at.taps();
 }
 
 // Bits that taps in the padding were counted with.
@@ -131,7 +143,7 @@ void store_pixels(const BinaryConv& p, const float* y, int64_t image, int64_t be
   if (p.dtype == Dtype::i32) {
     const int64_t words = ceil_div<int64_t>(p.w.N, 32);
     for (int64_t i = 0; i < pixels; ++i)
-      sign_words<false>(y + i * kSignColumns, width, static_cast<uint32_t*>(p.y) + (row + i) * words + n0 / 32);
+      sign_words(y + i * kSignColumns, width, static_cast<uint32_t*>(p.y) + (row + i) * words + n0 / 32);
     return;
   }
   with_type(p.dtype, [&](auto type) {
@@ -149,14 +161,14 @@ void run(const BinaryConv& p, int64_t image, int64_t begin, int64_t end, int64_t
          uint32_t* scratch) {
   const uint32_t* x = p.x + image * p.H * p.W * p.channel_words;
   const float* pixel_scale = p.pixel_scale ? p.pixel_scale + image * p.Ho * p.Wo : nullptr;
-  for (int64_t i = begin; i < end; ++i) gather(p, x, i, scratch + (i - begin) * p.w.words);
+  int64_t taps[kConvPixels];
+  for (int64_t i = begin; i < end; ++i) taps[i - begin] = gather(p, x, i, scratch + (i - begin) * p.w.words);
   for (int64_t panel = panel_begin; panel < panel_end; panel += kSignColumns / 16) {
     const int64_t n0 = panel * 16, width = min<int64_t>(kSignColumns, p.w.N - n0);
     alignas(64) float y[kConvPixels * kSignColumns];
     for_counted_rows(p.w, scratch, p.w.words, end - begin, panel, [&](int64_t i, int32_t* counts) {
-      const Place at(p, begin + i);
-      if (at.taps() < p.kh * p.kw) uncount(p, at, panel, width, counts);
-      scale_counts(p.w, n0, width, at.taps() * p.C, counts, pixel_scale ? pixel_scale + begin + i : nullptr,
+      if (taps[i] < p.kh * p.kw) uncount(p, Place(p, begin + i), panel, width, counts);
+      scale_counts(p.w, n0, width, taps[i] * p.C, counts, pixel_scale ? pixel_scale + begin + i : nullptr,
                    y + i * kSignColumns);
     });
     store_pixels(p, y, image, begin, end - begin, n0, width);

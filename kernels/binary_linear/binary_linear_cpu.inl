@@ -10,11 +10,8 @@ void pack(const BinaryPack& p, int64_t row_begin, int64_t row_end) {
   with_type(p.dtype, [&](auto type) {
     for (int64_t r = row_begin; r < row_end; ++r) {
       const auto* x = row<decltype(type)>(p.x, r);
-      if (p.row_scale) {
-        p.row_scale[r] = sign_words<true>(x, p.K, p.to + r * p.words) / static_cast<float>(max<int64_t>(p.K, 1));
-      } else {
-        sign_words<false>(x, p.K, p.to + r * p.words);
-      }
+      sign_words(x, p.K, p.to + r * p.words);
+      if (p.row_scale) p.row_scale[r] = mean_magnitude(x, p.K);
     }
   });
 }
@@ -27,7 +24,7 @@ void run(const BinaryLinear& p, int64_t row_begin, int64_t row_end, int64_t pane
                      float y[kSignColumns];
                      scale_counts(p.w, n0, width, p.K, counts, p.row_scale ? p.row_scale + r : nullptr, y);
                      if (p.dtype == Dtype::i32) {
-                       sign_words<false>(y, width, row<uint32_t>(p.y, r) + n0 / 32);
+                       sign_words(y, width, row<uint32_t>(p.y, r) + n0 / 32);
                        return;
                      }
                      with_type(p.dtype, [&](auto type) {

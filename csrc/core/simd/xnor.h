@@ -19,9 +19,13 @@ inline uint32_t order_signs(uint32_t m) {
 
 inline Vec absolute(Vec v) { return max(v, Vec::zero() - v); }  // NaN stays
 
-// Signs of x[0:n] to words, +1 but where x < 0; the sum of the magnitudes where it is wanted.
-template <bool kSum, class T>
-inline float sign_words(const T* x, int64_t n, uint32_t* words) {
+inline void order_words(uint32_t* words, int64_t n) {
+  for (int64_t w = 0; w < n; ++w) words[w] = order_signs(words[w]);
+}
+
+// Signs of x[0:n] to words in the order of x, +1 but where x < 0: order_words() is to follow.
+template <class T>
+inline void sign_bits(const T* x, int64_t n, uint32_t* words) {
   for (int64_t w = 0; w * 32 < n; ++w) {
     uint32_t m = 0;
     for (int i = 0; i < 32 && w * 32 + i < n; i += Vec::W) {
@@ -30,9 +34,18 @@ inline float sign_words(const T* x, int64_t n, uint32_t* words) {
     }
     words[w] = m;
   }
-  for (int64_t w = 0; w * 32 < n; ++w) words[w] = order_signs(words[w]);
-  if constexpr (!kSum) return 0.0f;
-  return sum_row(n, [&](int64_t c, int some) { return absolute(load_some(x + c, some)); });
+}
+
+template <class T>
+inline void sign_words(const T* x, int64_t n, uint32_t* words) {
+  sign_bits(x, n, words);
+  order_words(words, ceil_div<int64_t>(n, 32));
+}
+
+template <class T>
+inline float mean_magnitude(const T* x, int64_t n) {
+  const float total = sum_row(n, [&](int64_t c, int some) { return absolute(load_some(x + c, some)); });
+  return total / static_cast<float>(max<int64_t>(n, 1));
 }
 
 // Words of W pixels side by side, a channel at a time.
@@ -66,32 +79,36 @@ struct SignWords {
 // Counters of differing bits, one 32-bit lane a column: kVecs vectors a panel. Counters of bytes overflow after kBlock words.
 #if defined(MLC_ISA_AVX512) && !defined(MLC_EMULATE_AVX512)
 struct WideSigns {
-  using V = __m512i;
+  struct V {
+    __m512i v;
+  };
   static constexpr int kVecs = 1, kRows = 6, kPanels = 4;  // 24 counters, 4 vectors of w, one word of a
-  static V zero() { return _mm512_setzero_si512(); }
-  static V load(const char* p) { return _mm512_loadu_si512(p); }
-  static V set1(uint32_t a) { return _mm512_set1_epi32(static_cast<int>(a)); }
-  static V add(V a, V b) { return _mm512_add_epi32(a, b); }
-  static void store(int32_t* p, V v) { _mm512_storeu_si512(p, v); }
+  static V zero() { return {_mm512_setzero_si512()}; }
+  static V load(const char* p) { return {_mm512_loadu_si512(p)}; }
+  static V set1(uint32_t a) { return {_mm512_set1_epi32(static_cast<int>(a))}; }
+  static V add(V a, V b) { return {_mm512_add_epi32(a.v, b.v)}; }
+  static void store(int32_t* p, V v) { _mm512_storeu_si512(p, v.v); }
 };
 struct PopcountSigns : WideSigns {
   static constexpr int64_t kBlock = int64_t{1} << 40;
   static V step(V count, V a, V w) {  // asm: the file is compiled for machines without VPOPCNTDQ too, and chosen at run time
-    V x = _mm512_xor_si512(a, w);
-    __asm__("vpopcntd %1, %0" : "=v"(x) : "v"(x));
-    return _mm512_add_epi32(count, x);
+    __m512i x = _mm512_xor_si512(a.v, w.v);
+    __asm__("vpopcntd %0, %0" : "+v"(x));
+    return {_mm512_add_epi32(count.v, x)};
   }
   static V fold(V count) { return count; }
 };
 struct NibbleSigns : WideSigns {
   static constexpr int64_t kBlock = 31;  // 8 bits a byte and word
   static V step(V count, V a, V w) {
-    const V x = _mm512_xor_si512(a, w), low = _mm512_set1_epi8(15);
-    const V bits = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
-    count = _mm512_add_epi8(count, _mm512_shuffle_epi8(bits, _mm512_and_si512(x, low)));
-    return _mm512_add_epi8(count, _mm512_shuffle_epi8(bits, _mm512_and_si512(_mm512_srli_epi16(x, 4), low)));
+    const __m512i x = _mm512_xor_si512(a.v, w.v), low = _mm512_set1_epi8(15);
+    const __m512i bits = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+    const __m512i sum = _mm512_add_epi8(count.v, _mm512_shuffle_epi8(bits, _mm512_and_si512(x, low)));
+    return {_mm512_add_epi8(sum, _mm512_shuffle_epi8(bits, _mm512_and_si512(_mm512_srli_epi16(x, 4), low)))};
   }
-  static V fold(V count) { return _mm512_madd_epi16(_mm512_maddubs_epi16(count, _mm512_set1_epi8(1)), _mm512_set1_epi16(1)); }
+  static V fold(V count) {
+    return {_mm512_madd_epi16(_mm512_maddubs_epi16(count.v, _mm512_set1_epi8(1)), _mm512_set1_epi16(1))};
+  }
 };
 #elif defined(MLC_ISA_AVX2)
 struct NibbleSigns {
