@@ -29,7 +29,7 @@ class QuantConfig:
             made up for by the next ones; "awq": columns with large inputs magnified, the layer gets an input_scale. The last
             two look at the inputs that quantize's batches cause; embeddings, which have none, are packed by "mse" then. All but
             "minmax" are for int formats; mlcore.quant.pack_* has the details.
-        percentile: of "percentile".
+        percentile: of method "percentile" alone; default 99.9.
         dynamic_int8: linear layers round their input to int8 by rows; None: for format "int8" alone.
         embeddings: embedding tables too.
     """
@@ -39,7 +39,7 @@ class QuantConfig:
     symmetric: bool = True
     entries: int | None = None
     method: str = "minmax"
-    percentile: float = 99.9
+    percentile: float | None = None
     dynamic_int8: bool | None = None
     embeddings: bool = False
 
@@ -55,13 +55,15 @@ class QuantConfig:
         """The weight in codes, by a method without data ("mse" instead of one with)."""
         if self.method not in _WITHOUT_DATA + _WITH_DATA:
             raise ValueError(f"QuantConfig: method must be one of {', '.join(_WITHOUT_DATA + _WITH_DATA)}; got {self.method!r}")
+        if self.percentile is not None and self.method != "percentile":
+            raise ValueError(f"QuantConfig: percentile belongs to method 'percentile'; got {self.method!r}")
         how = {"format": self.format, "group_size": self.group_size, "symmetric": self.symmetric}
         if self.method == "minmax":
             return rounded(weight, **how, entries=self.entries)
         if self.entries is not None:
             raise ValueError(f"QuantConfig: entries belong to method 'minmax' and format 'codebook'; got {self.method!r}")
         if self.method == "percentile":
-            return rounded_percentile(weight, **how, percentile=self.percentile)
+            return rounded_percentile(weight, **how, percentile=99.9 if self.percentile is None else self.percentile)
         return (rounded_hqq if self.method == "hqq" else rounded_mse)(weight, **how)
 
     def pack(self, weight: torch.Tensor, hessian: torch.Tensor | None = None) -> tuple[PackedWeight, torch.Tensor | None]:

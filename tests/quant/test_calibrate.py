@@ -157,6 +157,7 @@ def test_config_refuses():
         (QuantConfig("nf4", method="hqq"), "format"),
         (QuantConfig("codebook", entries=4, method="mse"), "entries belong to method 'minmax'"),
         (QuantConfig(method="percentile", percentile=10), "percentile must be above 50"),
+        (QuantConfig(method="mse", percentile=99.0), "percentile belongs to method 'percentile'"),
     ):
         with pytest.raises(ValueError, match=message):
             mlcore.quantize(torch.nn.Sequential(torch.nn.Linear(2, 2)), config)

@@ -54,7 +54,7 @@ class MlcoreConfig(QuantizationConfigMixin):
         *,
         format: str | None = None,
         entries: int | None = None,
-        percentile: float = 99.9,
+        percentile: float | None = None,
         dynamic_int8: bool | None = None,
         embeddings: bool = False,
         modules_to_not_convert: list[str] | None = None,

@@ -250,7 +250,7 @@ def pack_awq(
         inputs = (peak / 127) ** 2 / 12 * float((weight * magnify).square().sum(dtype=torch.float64))
         return _output_error(lost, hessian) + inputs, _finish(codes, scales, zeros, bits, size, symmetric), magnify
 
-    found = [attempt(_fitted, 2.0 ** (log * (i / steps)).round().clamp(-8, 8)) for i in range(steps)]
+    found = (attempt(_fitted, 2.0 ** (log * (i / steps)).round().clamp(-8, 8)) for i in range(steps))
     best = min(found, key=lambda one: one[0])
     _, codes, magnify = min(best, attempt(_best_scales, best[2]), key=lambda one: one[0])
     return codes.pack(), 1 / magnify
