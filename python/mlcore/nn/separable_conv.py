@@ -83,6 +83,9 @@ class ConvNorm2d(nn.Sequential):
         super().__init__(conv, norm, activation)
         self._packed = _Packed()
 
+    def __getitem__(self, index):
+        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         conv, norm, activation = self
         if type(norm) is not nn.BatchNorm2d or not _fusable(norm, activation) or conv._forward_hooks:
