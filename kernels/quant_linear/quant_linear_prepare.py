@@ -15,8 +15,8 @@ _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def kept(t: torch.Tensor, key: Hashable, make: Callable):
-    """make(), from the last call with t and key if t has not changed since. Tensors made under torch.inference_mode() don't count
-    their changes: they are taken as constant."""
+    """make(), from the last call with t and key if t has not changed since. A tensor made under torch.inference_mode() doesn't
+    count its changes: it is taken as constant."""
     version = None if t.is_inference() else t._version
     made = _kept.setdefault(t, {})
     if key not in made or made[key][0] != version:

@@ -285,31 +285,31 @@ def dequantize(codes, scales, zeros, codebook, bits, offset, group_size, w) -> N
         )  # fmt: skip
 
 
+def _spec(kernel, dtype: str, given=(), **fixed) -> tuple:
+    """A kernel as compile_specs() lists it; of the arguments that may be None those named by `given` are there."""
+    floats = dict.fromkeys(("scales", "row_steps", "table_steps", "bias", "partial", "codebook"), "fp32")
+    pointers = dict.fromkeys(("x", "y", "w", "residual"), dtype) | {"words": "i32", "zeros": "u8", "a": "i8"} | floats
+    options = {k: v for k, v in fixed.items() if k.startswith("num_")}
+    optional = {"zeros", "codebook", "row_steps", "table_steps", "bias", "residual", "partial"} - set(given)
+    fixed = dict.fromkeys(() if kernel is round_rows_kernel else optional) | fixed
+    constexprs = {n: fixed[n] for n in kernel.arg_names if n in fixed}
+    if kernel is product_kernel and "row_steps" in given:
+        pointers |= {"x": "i8", "codebook": "i8"}
+    kinds = {n: f"*{pointers[n]}" if n in pointers else "i32" for n in kernel.arg_names}
+    signature = {n: "constexpr" if n in constexprs else kind for n, kind in kinds.items()}
+    sizes = ("N", "K", "x_stride", "residual_stride", "y_stride", "w_stride", "group_size", "group_padded", "K_padded")
+    even = [i for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*" or n in sizes]
+    return kernel, signature, constexprs, options, {(i,): [["tt.divisibility", 16]] for i in even}
+
+
+def product_spec(dtype: str, M: int, bits: int, given=(), group_size: int = 128, centred: bool = True) -> tuple:
+    numbers = {"BITS": bits, "CENTRED": centred, "A": 2 + bits % 3}
+    return _spec(product_kernel, dtype, given, **_tile(M, group_size), **numbers)
+
+
 def compile_specs() -> list[tuple]:
     """(kernel, signature, constexprs, options, attributes) of the variants that tests compile ahead."""
-    types = {"words": "i32", "zeros": "u8", "codebook": "fp32", "a": "i8"} | dict.fromkeys(
-        ("scales", "row_steps", "table_steps", "bias", "partial"), "fp32"
-    )
-
-    def spec(kernel, dtype, given=(), **fixed):
-        options = {k: v for k, v in fixed.items() if k.startswith("num_")}
-        left_out = {"zeros", "codebook", "row_steps", "table_steps", "bias", "residual", "partial"} - set(given)
-        if kernel is round_rows_kernel:
-            left_out = set()
-        fixed = dict.fromkeys(left_out) | fixed
-        constexprs = {n: fixed[n] for n in kernel.arg_names if n in fixed}
-        pointers = {"x": dtype, "y": dtype, "w": dtype, "residual": dtype} | types
-        if kernel is product_kernel and "row_steps" in given:
-            pointers |= {"x": "i8", "codebook": "i8"}
-        kinds = {n: f"*{pointers[n]}" if n in pointers else "i32" for n in kernel.arg_names}
-        signature = {n: "constexpr" if n in constexprs else kind for n, kind in kinds.items()}
-        even = [i for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*" or n.endswith("_stride")]
-        return kernel, signature, constexprs, options, {(i,): [["tt.divisibility", 16]] for i in even}
-
-    def product(dtype, M, bits, given=(), group_size=128, centred=True):
-        numbers = {"BITS": bits, "CENTRED": centred, "A": 2 + bits % 3}
-        return spec(product_kernel, dtype, given, **_tile(M, group_size), **numbers)
-
+    product, spec = product_spec, _spec
     return [
         product("bf16", 1, 4, ("zeros", "partial")),
         product("fp16", 64, 4, ("bias", "residual"), 32),
