@@ -15,7 +15,7 @@ constexpr const char* kOp = "quant_linear";
 
 // A block owns kRows rows of x by kColumns of y. Its slices of K meet in shared memory at the end.
 template <class T, int BITS, int MT, bool INT8>
-__global__ void __launch_bounds__(kThreads, MT == 8 && BITS == 4 && !INT8 ? 2 : 1) quant_linear_product(const Product p) {
+__global__ void __launch_bounds__(kThreads, 1) quant_linear_product(const Product p) {
   using S = Shape<MT>;
   MLC_DYNAMIC_SMEM(unsigned char, smem);
   __shared__ float factor[S::kRows], row_step[S::kRows];

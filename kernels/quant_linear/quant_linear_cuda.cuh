@@ -47,6 +47,17 @@ struct Stage {
   WarpStage<BITS> warp[kWarps];
 };
 
+// a & mask | bits in one instruction: of two constants the compiler makes two.
+MLC_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+#ifdef __CUDACC__
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+  return d;
+#else
+  return (a & mask) | bits;
+#endif
+}
+
 template <class T>
 MLC_DEVICE uint32_t sub2(uint32_t a, uint32_t b) {
 #ifdef __CUDACC__
@@ -69,7 +80,7 @@ MLC_DEVICE void decode(const uint32_t* word, uint32_t z, uint32_t (&pair)[4]) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     if constexpr (BITS == 4) {
-      pair[j] = sub2<T>((word[0] >> 4 * j & 0x000f000fu) | kMagic, zero);
+      pair[j] = sub2<T>(and_or(word[0] >> 4 * j, 0x000f000fu, kMagic), zero);
     } else if constexpr (kHalf) {
       pair[j] = sub2<T>(__byte_perm(word[j % 2], kMagic >> 8, j < 2 ? 0x4240 : 0x4341), zero);
     } else {
@@ -86,8 +97,8 @@ MLC_DEVICE void decode8(const uint32_t* word, uint32_t z, uint32_t& low, uint32_
   constexpr uint32_t kSigns = 0x80808080u;
   if constexpr (BITS == 4) {
     const uint32_t zero = z * 0x01010101u;
-    low = (((word[0] & 0x0f0f0f0fu) | kSigns) - zero) ^ kSigns;
-    high = (((word[0] >> 4 & 0x0f0f0f0fu) | kSigns) - zero) ^ kSigns;
+    low = (and_or(word[0], 0x0f0f0f0fu, kSigns) - zero) ^ kSigns;
+    high = (and_or(word[0] >> 4, 0x0f0f0f0fu, kSigns) - zero) ^ kSigns;
   } else {
     low = word[0] ^ kSigns, high = word[1] ^ kSigns;
   }

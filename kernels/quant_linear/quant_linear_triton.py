@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .quant_linear_prepare import exact_codebook, integer_codebook, words_of
 
-SPLIT_PROGRAMS = 264  # as many programs as few rows ask for: two for each multiprocessor of an H100
+SPLIT_PROGRAMS = 396  # as many programs as few rows ask for: three for each multiprocessor of an H100
 
 
 @triton.jit
@@ -208,14 +208,15 @@ def dequantize_kernel(
     tl.store(w + n.to(tl.int64)[:, None] * w_stride + k[None, :], v.to(w.dtype.element_ty), mask=inside)
 
 
-def _tile(M: int, group_size: int) -> dict[str, int]:
-    """Tiles by the number of rows. Not measured; the reasons are in README.md."""
-    step = max(triton.next_power_of_2(group_size), 32)
+def _tile(M: int, group_size: int, wide: bool) -> dict[str, int]:
+    """Tiles by the number of rows: the largest that leave no accumulator in local memory on sm_90, where products of float32
+    (wide) take more registers. Their speed was not measured."""
     if M <= 16:
-        return {"BM": 16, "BN": 64, "BK": min(step, 128), "num_warps": 4, "num_stages": 4}
-    if M <= 128:
-        return {"BM": 64, "BN": 64, "BK": min(step, 64), "num_warps": 4, "num_stages": 4}
-    return {"BM": 128, "BN": 128, "BK": min(step, 64), "num_warps": 8, "num_stages": 3}
+        step = min(max(triton.next_power_of_2(group_size), 32), 64)
+        return {"BM": 16, "BN": 32, "BK": step, "num_warps": 4, "num_stages": 4}
+    if M <= 128 or wide:
+        return {"BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 4}
+    return {"BM": 128, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
 
 
 def _weight(codes, bits: int, group_size: int, K: int, BK: int) -> tuple[int, int, int, int]:
@@ -240,7 +241,7 @@ def fwd(x, codes, scales, zeros, codebook, bias, residual, bits, offset, group_s
     (M, K), N = x.shape, y.shape[1]
     if not y.numel():
         return
-    tile = _tile(M, min(group_size, max(K, 1)))
+    tile = _tile(M, min(group_size, max(K, 1)), x.dtype == torch.float32 and not int8)
     padded, K_padded, per_group, steps = _weight(codes, bits, group_size, K, tile["BK"])
     row_steps = table_steps = partial = None
     table_rows = 1 if codebook is None else triton.cdiv(N, len(codebook))
@@ -304,7 +305,7 @@ def _spec(kernel, dtype: str, given=(), **fixed) -> tuple:
 
 def product_spec(dtype: str, M: int, bits: int, given=(), group_size: int = 128, centred: bool = True) -> tuple:
     numbers = {"BITS": bits, "CENTRED": centred, "A": 2 + bits % 3}
-    return _spec(product_kernel, dtype, given, **_tile(M, group_size), **numbers)
+    return _spec(product_kernel, dtype, given, **_tile(M, group_size, dtype == "fp32" and "row_steps" not in given), **numbers)
 
 
 def compile_specs() -> list[tuple]:
