@@ -24,18 +24,18 @@ __global__ void __launch_bounds__(kThreads, 1) quant_linear_product(const Produc
   const int m0 = blockIdx.y * S::kRows, column = warp / S::kSlices * kPanels * kPanelRows, n0 = blockIdx.x * S::kColumns;
   const int panel0 = (n0 + column) / kPanelRows, steps = (p.tiles + S::kSlices - 1) / S::kSlices;
   float c[kPanels][MT][4] = {};
-  for (int s = 0; s < kStages - 1; ++s) {
+  for (int s = 0; s < p.stages - 1; ++s) {
     if (s < steps) load_stage<T, BITS, MT>(p, stages[s], s, m0, panel0);
     cp_async_commit();
   }
   if constexpr (INT8) measure_rows<T, S::kRows>(p, m0, factor, row_step);
   for (int step = 0; step < steps; ++step) {
-    cp_async_wait<kStages - 2>();
+    p.stages == kStages ? cp_async_wait<kStages - 2>() : cp_async_wait<0>();
     __syncthreads();  // this step's stage is whole, and the last one's is free
-    const int next = step + kStages - 1;
-    if (next < steps) load_stage<T, BITS, MT>(p, stages[next % kStages], next, m0, panel0);
+    const int next = step + p.stages - 1;
+    if (next < steps) load_stage<T, BITS, MT>(p, stages[next % p.stages], next, m0, panel0);
     cp_async_commit();
-    const Stage<T, BITS, MT>& stage = stages[step % kStages];
+    const Stage<T, BITS, MT>& stage = stages[step % p.stages];
 #pragma unroll
     for (int chunk = 0; chunk < 2; ++chunk) {
       if constexpr (INT8)
@@ -74,12 +74,26 @@ __global__ void __launch_bounds__(kThreads, 1) quant_linear_product(const Produc
   }
 }
 
+// Bytes of shared memory that a block may ask for.
+size_t shared_limit() {
+#ifdef __CUDACC__
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), kOp);
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kOp);
+  return static_cast<size_t>(bytes);
+#else
+  return 163 << 10;
+#endif
+}
+
 template <class T, int BITS, int MT, bool INT8>
-void launch_product(const Product& p, void* stream) {
+void launch_product(Product p, void* stream) {
   using S = Shape<MT>;
   const dim3 grid((p.N + S::kColumns - 1) / S::kColumns, (p.M + S::kRows - 1) / S::kRows);
-  const size_t sums = sizeof(float) * S::kSlices * S::kRows * S::kPitch;
-  const size_t smem = std::max(kStages * sizeof(Stage<T, BITS, MT>), sums);
+  const size_t sums = sizeof(float) * S::kSlices * S::kRows * S::kPitch, stage = sizeof(Stage<T, BITS, MT>);
+  const bool deep = p.tiles > 2 * S::kSlices && kStages * stage <= shared_limit();  // sm_86 and sm_89 have room for two
+  p.stages = deep ? kStages : 2;
+  const size_t smem = std::max(p.stages * stage, sums);
   MLC_LAUNCH((quant_linear_product<T, BITS, MT, INT8>), grid, dim3(kThreads), smem, stream, p);
 }
 

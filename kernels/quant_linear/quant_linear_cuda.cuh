@@ -23,7 +23,7 @@ struct Product {
   const float *scales, *bias;
   void* y;
   int64_t x_stride, residual_stride, y_stride;
-  int M, N, K, groups, group_size, group_padded, tiles, panels, offset, activation;
+  int M, N, K, groups, group_size, group_padded, tiles, panels, offset, activation, stages;
   bool aligned, wide;  // octets of x are 16-byte aligned; y is float32
 };
 

@@ -104,7 +104,8 @@ if not gpu_code.INTERPRETING:
         ((1, 33, 130, 32), "relu"),
         ((20, 17, 70, None), "gelu"),
         ((35, 40, 100, 9), "gelu_tanh"),
-        ((70, 5, 200, 128), "silu"),
+        ((70, 130, 300, 128), "silu"),
+        ((3, 17, 1100, 128), None),  # more than two stages
     ]
     INTS = [(f, s) for f in suite.FORMATS[:8] for s in (True, False)] + [("ternary", True)]
 
