@@ -11,6 +11,8 @@
 //   KB codes for 16 rows. Within a block, `unit` u is 64 bytes: 4 consecutive k for 16 rows, k fastest. bits is a sum of powers
 //   of two, largest first (7 = 4 + 2 + 1), lowest bits first; each power p is a plane of vectors of 64 bytes, vector v of which
 //   holds units v * 8/p ... of the block, the first one in the lowest p bits of each byte. KB = 32 / (the smallest power).
+// mlc_cuda_quant_linear_fwd takes bits 4 or 8, no codebook, x of 16 bits (y may be float32), and codes in the order of
+// quant_linear_cuda.cuh: (P, ceil(G * ceil(group_size / 32) * 32 / 64) * bits * 128) uint8.
 #ifndef MLCORE_QUANT_LINEAR_H_
 #define MLCORE_QUANT_LINEAR_H_
 

@@ -28,6 +28,9 @@ for _op, _pass, _backend, _dtypes in _C.table():
 #: call, else the reason. Set by op files.
 RULES: dict[tuple[str, str], Callable[[torch.Tensor, bool], str | None]] = {}
 
+#: The same over what follows the main tensor in the call (explain's further tensors).
+REST_RULES: dict[tuple[str, str], Callable[..., str | None]] = {}
+
 
 @functools.cache
 def cuda_library():
@@ -78,27 +81,29 @@ def refusal(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
     return None
 
 
-def choose(op: str, impl: str | None, tensor: torch.Tensor, grad: bool = False) -> str:
+def choose(op: str, impl: str | None, tensor: torch.Tensor, grad: bool = False, rest: tuple = ()) -> str:
     """The backend for a call whose main tensor is `tensor`. An explicit impl is taken or refused, never replaced."""
     if impl is not None:
         if impl not in BACKENDS:
             raise ValueError(f"{op}: impl must be one of {', '.join(BACKENDS)} or None; got {impl!r}")
-        reason = _explicit(op, impl, tensor.device.type, tensor.dtype) or broken_rule(op, impl, tensor, grad)
+        reason = _explicit(op, impl, tensor.device.type, tensor.dtype) or broken_rule(op, impl, tensor, grad, rest)
         if reason is not None:
             raise ValueError(f"{op}: impl={impl!r} can't serve this call: {reason}")
         return impl
     found = _automatic(op, tensor.device.type, tensor.dtype)
-    if (op, found) in RULES and broken_rule(op, found, tensor, grad) is not None:
+    ruled = (op, found) in RULES or (op, found) in REST_RULES
+    if ruled and broken_rule(op, found, tensor, grad, rest) is not None:
         found = _next(op, found, tensor.device.type, tensor.dtype)
-        if broken_rule(op, found, tensor, grad) is not None:
+        if broken_rule(op, found, tensor, grad, rest) is not None:
             found = "reference"
     return found
 
 
-def broken_rule(op: str, backend: str, tensor: torch.Tensor, grad: bool = False) -> str | None:
+def broken_rule(op: str, backend: str, tensor: torch.Tensor, grad: bool = False, rest: tuple = ()) -> str | None:
     """Why the backend's kernels can't serve a call with this main tensor, whose device and dtype they take; or None."""
-    rule = RULES.get((op, backend))
-    return None if rule is None else rule(tensor, grad)
+    rule, rest_rule = RULES.get((op, backend)), REST_RULES.get((op, backend))
+    reason = None if rule is None else rule(tensor, grad)
+    return rest_rule(*rest) if reason is None and rest and rest_rule is not None else reason
 
 
 @torch.compiler.assume_constant_result
@@ -153,7 +158,7 @@ def explain(op: str, *tensors: torch.Tensor, impl: str | None = None, pattern=No
 
     Args:
         op: an op's name, e.g. "attention".
-        tensors: the op's tensors; the first decides by its device and dtype.
+        tensors: the op's tensors (quant_linear: x and its packed weight); the first decides by its device and dtype.
         impl: as the op's own argument.
         pattern: attention's pattern (mlcore.patterns), with q and k as tensors: how many of its tiles are computed.
 
@@ -167,11 +172,12 @@ def explain(op: str, *tensors: torch.Tensor, impl: str | None = None, pattern=No
     if pattern is not None and (op != "attention" or len(tensors) < 2):
         raise ValueError(f"explain: pattern needs op 'attention' and tensors q, k; got {op!r} and {len(tensors)} tensors")
     main = tensors[0]
-    chosen = choose(op, impl, main, main.requires_grad)
+    chosen = choose(op, impl, main, main.requires_grad, tensors[1:])
     reasons = {}
     for backend in BACKENDS:
         if backend != chosen:
-            reason = refusal(op, backend, main.device, main.dtype) or broken_rule(op, backend, main, main.requires_grad)
+            reason = refusal(op, backend, main.device, main.dtype)
+            reason = reason or broken_rule(op, backend, main, main.requires_grad, tensors[1:])
             reasons[backend] = reason or f"usable with impl={backend!r}"
     note = "" if pattern is None else importlib.import_module("mlcore.ops._attention_schedule").describe(pattern, *tensors[:2])
     return Explanation(op, chosen, reasons, note)

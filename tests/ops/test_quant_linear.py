@@ -17,8 +17,8 @@ from mlcore.ops import quant_linear
 from mlcore.ops.quant_linear import _dequantize, _fwd
 from mlcore.quant import pack, pack_codes
 
-CASES = [case for case in testing.cases("quant_linear") if case[1] != torch.float64]
-KERNELS = [name for name in testing.available("quant_linear") if name != "reference"]
+CASES = [case for case in testing.cases("quant_linear", "cpu") if case[1] != torch.float64]
+KERNELS = [name for name in testing.available("quant_linear", "cpu") if name != "reference"]
 # The AVX-512 level has two integer products: with VNNI and, on machines without it, by widening.
 LEVELS = [*KERNELS, "cpu[avx512] without VNNI"] if "cpu[avx512]" in KERNELS else KERNELS
 FORMATS = [f"int{b}" for b in range(1, 9)] + ["ternary", "nf4", "codebook"]
@@ -58,6 +58,16 @@ def dense(packed, activation):
     return fn
 
 
+def check_numerics(impl, packed, activation, inputs):
+    testing.check_numerics(
+        lambda x, bias, residual: quant_linear(x, packed, bias, activation, residual=residual, impl=impl),
+        dense(packed, activation),
+        dense(packed, activation),
+        inputs,
+        terms={"0": 2.0, "x": 2.0, "bias": 2.0},
+    )
+
+
 PROBLEMS = [((1, 33, 70, 32), None), ((7, 40, 300, 128), "relu"), ((3, 1, 1, None), "gelu"), ((130, 65, 40, 9), "gelu_tanh")]
 
 
@@ -67,13 +77,7 @@ def test_matches_float64(name, dtype, problem, activation):
     M, N, K, group = problem
     packed = pack(torch.randn(N, K) * K**-0.5, "int4", group_size=group)
     with testing.use(name) as impl:
-        testing.check_numerics(
-            lambda x, bias, residual: quant_linear(x, packed, bias, activation, residual=residual, impl=impl),
-            dense(packed, activation),
-            dense(packed, activation),
-            make(M, N, K, dtype),
-            terms={"0": 2.0, "x": 2.0, "bias": 2.0},
-        )
+        check_numerics(impl, packed, activation, make(M, N, K, dtype))
 
 
 @pytest.mark.parametrize("format, symmetric", [(f, s) for f in FORMATS for s in (True, False) if s or f.startswith("int")])
@@ -178,7 +182,7 @@ def test_layouts(level, layout):
 
 @pytest.mark.parametrize("dynamic_int8", [False, True])
 @pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8), (3, 5, 0), (0, 0, 0), (2, 3, 4, 5, 8), (5, 8)], ids=str)
-@pytest.mark.parametrize("name", testing.available("quant_linear"))
+@pytest.mark.parametrize("name", testing.available("quant_linear", "cpu"))
 def test_empty_and_batched(name, shape, dynamic_int8):
     *lead, N, K = shape
     packed = pack(torch.randn(N, K), "int4", group_size=3)

@@ -6,41 +6,30 @@ import dataclasses
 
 import torch
 
-from .._backend import choose
-from .._registry import autocast, create_graph, direct, kernel, needs_grad, reference_if_transformed, register
+from .._backend import REST_RULES, choose
+from .._registry import autocast, create_graph, direct, needs_grad, reference_if_transformed, register
 from ..kernels.quant_linear import quant_linear_ref
 from ..quant import PackedWeight
+from ._quant_linear_launch import dequantize_launch, run_fwd, run_sums
 
 _OP = "quant_linear"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ACTIVATIONS = tuple(quant_linear_ref.ACTIVATIONS)  # their numbers in quant_linear.h
 
 
-def _rows(t, cols):
-    """(M, cols), contiguous in its last dimension; a copy only where the strides force one."""
-    if t is None:
-        return None
-    rows = t.reshape(-1, cols) if cols else t.new_empty(t.shape[:-1].numel(), 0)
-    return rows if cols <= 1 or rows.stride(1) == 1 else rows.contiguous()
+def _no_codebook(packed, *_):
+    return None if getattr(packed, "codebook", None) is None else "the cuda kernels take no codebooks; the triton kernels do"
 
 
-def _run_fwd(x, codes, scales, zeros, codebook, bias, residual, N, bits, offset, group_size, activation, int8, impl):
-    y = x.new_empty(*x.shape[:-1], N)
-    rows = _rows(x, x.shape[-1])
-    fwd = kernel(_OP, "fwd", impl)
-    out = y.view(rows.shape[0], N)
-    fwd(rows, codes, scales, zeros, codebook, bias, _rows(residual, N), bits, offset, group_size, activation, int8, out)
-    return y
+REST_RULES[_OP, "cuda"] = _no_codebook
 
 
 def _fwd_fake(x, codes, scales, zeros, codebook, bias, residual, N, bits, offset, group_size, activation, int8, impl):
     return x.new_empty(*x.shape[:-1], N)
 
 
-def _dequantize_launch(like, codes, scales, zeros, codebook, N, K, bits, offset, group_size, impl):
-    w = like.new_empty(N, K)
-    kernel(_OP, "dequantize", impl)(codes, scales, zeros, codebook, bits, offset, group_size, w)
-    return w
+def _sums_fake(x, codes, scales, zeros, codebook, bias, N, bits, offset, group_size, int8, impl):
+    return x.new_empty(*x.shape[:-1], N, dtype=torch.float32)
 
 
 def _dequantize_fake(like, codes, scales, zeros, codebook, N, K, bits, offset, group_size, impl):
@@ -51,13 +40,19 @@ _WEIGHT = "Tensor codes, Tensor scales, Tensor? zeros, Tensor? codebook"
 _fwd = register(
     f"quant_linear_fwd(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? residual, SymInt N, int bits, int offset, SymInt group_size,"
     " int activation, int int8, str impl) -> Tensor",
-    launch=_run_fwd,
+    launch=run_fwd,
     fake=_fwd_fake,
+)
+_sums = register(
+    f"quant_linear_sums(Tensor x, {_WEIGHT}, Tensor? bias, SymInt N, int bits, int offset, SymInt group_size, int int8,"
+    " str impl) -> Tensor",
+    launch=run_sums,
+    fake=_sums_fake,
 )
 _dequantize = register(
     f"quant_linear_dequantize(Tensor like, {_WEIGHT}, SymInt N, SymInt K, int bits, int offset, SymInt group_size, str impl)"
     " -> Tensor",
-    launch=_dequantize_launch,
+    launch=dequantize_launch,
     fake=_dequantize_fake,
 )
 
@@ -77,7 +72,7 @@ class _QuantLinear(torch.autograd.Function):
         ctx.numbers = N, bits, offset, group_size
         ctx.mode = activation, int8, impl
         ctx.save_for_backward(x, bias, codes, scales, zeros, codebook)
-        run = _run_fwd if direct(x, bias, residual, codes, scales) else _fwd
+        run = run_fwd if direct(x, bias, residual, codes, scales) else _fwd
         return run(x, codes, scales, zeros, codebook, bias, residual, *ctx.numbers, *ctx.mode)
 
     @staticmethod
@@ -86,21 +81,31 @@ class _QuantLinear(torch.autograd.Function):
         activation, int8, impl = ctx.mode
         need_x, need_bias, need_residual = ctx.needs_input_grad[:3]
         dx = dbias = None
-        if need_x or need_bias:  # in float32: faster than 16 bits without matrix units, and rounded once
-            wide, dz = x.float(), dy.float()
+        if need_x or need_bias:
+            dz = dy.float()
             if activation:
-                if create_graph():
-                    z = _QuantLinear.apply(wide, bias, None, *weight, *ctx.numbers, 0, int8, impl)
-                else:
-                    z = _fwd(wide, *weight, bias, None, *ctx.numbers, 0, int8, impl)
+                z = _differentiable_sums(ctx) if create_graph() else _sums(x, *weight, bias, *ctx.numbers, int8, impl)
                 dz = _activation_backward(dz, z, _ACTIVATIONS[activation])
             N, bits, offset, group_size = ctx.numbers
             if need_bias:
                 dbias = dz.sum_to_size(N)
             if need_x:
-                w = _dequantize(wide.detach(), *weight, N, x.shape[-1], bits, offset, group_size, impl)
-                dx = (dz @ w).to(x.dtype)
+                # The CPU has no matrix units: float32 is as fast there, and rounded once.
+                like = (x.float() if impl == "cpu" else x).detach()
+                w = _dequantize(like, *weight, N, x.shape[-1], bits, offset, group_size, impl)
+                dx = (dz.to(w.dtype) @ w).to(x.dtype)
         return dx, dbias, dy if need_residual else None, *(None,) * 11
+
+
+def _differentiable_sums(ctx):
+    """What the activation was applied to, with a graph."""
+    x, bias, *weight = ctx.saved_tensors
+    _, int8, impl = ctx.mode
+    wide = x.float()
+    if impl != "cuda":
+        return _QuantLinear.apply(wide, bias, None, *weight, *ctx.numbers, 0, int8, impl)
+    N, *numbers = ctx.numbers  # the CUDA product takes 16 bits, and float32 is needed
+    return torch.nn.functional.linear(wide, _dequantize(wide.detach(), *weight, N, x.shape[-1], *numbers, impl), bias)
 
 
 def _reference(x, packed, bias, activation, residual, dynamic_int8):
@@ -180,7 +185,8 @@ def quant_linear(
         dynamic_int8: False: products of x as it is with the dequantized weight, sums in float32. True: each row of x is rounded
             to 127ths of its largest magnitude first, sums of a group are exact integers (Dettmers et al. 2022, LLM.int8(),
             without its outliers); several times faster with many rows. A codebook is then rounded to 127ths as well.
-        impl: "cpu", "cuda", "triton" or "reference"; None chooses (see mlcore.explain).
+        impl: "cpu", "cuda" (16 bits of x, no codebooks), "triton" or "reference"; None chooses (see mlcore.explain, which takes
+            x and packed). A weight's first call with "cuda" reorders its codes on the GPU, and the copy stays with them.
 
     Returns:
         y (..., N) in x's dtype. Differentiable in x, bias and residual; with dynamic_int8 as if x had not been rounded.
@@ -191,7 +197,7 @@ def quant_linear(
     """
     x, residual = autocast(x.device.type, x, residual)
     _check(x, packed, bias, activation, residual)
-    backend = choose(_OP, reference_if_transformed(_OP, impl), x)
+    backend = choose(_OP, reference_if_transformed(_OP, impl), x, rest=(packed,))
     if backend == "reference":
         if not dynamic_int8 or not needs_grad(x, bias, residual):
             return _reference(x, packed, bias, activation, residual, dynamic_int8)
@@ -202,5 +208,5 @@ def quant_linear(
     numbers = packed.shape[0], packed.bits, packed.offset, packed.group_size, _ACTIVATIONS.index(activation), int(dynamic_int8)
     if needs_grad(x, wide, residual):
         return _QuantLinear.apply(x, wide, residual, *weight, *numbers, backend)
-    run = _run_fwd if direct(x, wide, residual, *weight) else _fwd
+    run = run_fwd if direct(x, wide, residual, *weight) else _fwd
     return run(x, *weight, wide, residual, *numbers, backend)

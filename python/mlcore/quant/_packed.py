@@ -32,7 +32,7 @@ class PackedWeight:
         shape: (N, K).
         bits, group_size, offset: as above.
         format: "int", "ternary", "codebook", or "binary": a codebook of -1 and 1.
-        layout: how the codes lie; "panel16" is what the CPU kernels read.
+        layout: how the codes lie; "panel16" is what the kernels read.
 
     Raises:
         ValueError: tensors and numbers contradict each other, or a scale or codebook entry isn't finite.
