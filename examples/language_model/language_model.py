@@ -48,8 +48,8 @@ KINDS: dict[str, Callable[[], torch.nn.Module]] = {
 
 
 class Block(torch.nn.Module):
-    """Pre-norm: x + attention(convolution(norm(x))), then x + MLP(norm(x)). The convolution over four tokens, which the recurrent
-    kinds' papers put before their layers, shows every kind its neighbours: what is compared is what lies further back.
+    """Pre-norm: x + attention(convolution(norm(x))), then x + MLP(norm(x)). The convolution over four tokens, which papers on
+    recurrent kinds put before their layers, shows every kind its neighbours: what is compared is what lies further back.
     """
 
     def __init__(self, attention: torch.nn.Module) -> None:

@@ -96,8 +96,8 @@ def _nearest(x: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
 
 def _binary(weight, group_size):
     counts = _grouped(torch.ones_like(weight), group_size).sum(2)
-    scales, signs = _grouped(weight.abs(), group_size).sum(2) / counts, weight.new_tensor([-1.0, 1.0])
-    return pack_codes((weight >= 0).byte(), scales, bits=1, group_size=group_size, codebook=signs, format="binary")
+    scales, signs = _grouped(weight.abs(), group_size).sum(2) / counts, weight.new_tensor([[-1.0, 1.0]])
+    return Rounded((weight >= 0).byte(), scales, 1, group_size, codebook=signs, format="binary")
 
 
 def _cluster(x: torch.Tensor, entries: int, rounds: int = 25) -> torch.Tensor:
