@@ -68,20 +68,6 @@ def test_mobilenets_in_inference_and_training(kind):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-3, atol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("kind", [cnn.MobileNetV1, cnn.MobileNetV2])
-def test_early_blocks_see_few_images(kind, monkeypatch):
-    model, x = randomised(kind(SMALL)), torch.randn(5, 3, 40, 33)
-    with torch.no_grad():
-        want = model(x)
-        monkeypatch.setattr(cnn, "_EARLY_PIXELS", 2 * 40 * 33 + 1)
-        seen = []
-        model.stem.register_forward_hook(lambda m, args, out: seen.append(out.shape[0]))
-        assert torch.equal(model(x), want) and seen == [2, 2, 1]
-        [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)][-1].train()  # its moments are the whole batch's
-        model(x)
-    assert seen == [2, 2, 1, 5]
-
-
 def test_folded_weights_follow_the_parameters():
     block = randomised(PointwiseConv2d(6, 5))
     x = torch.randn(1, 6, 3, 3)

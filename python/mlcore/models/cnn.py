@@ -163,17 +163,8 @@ def _scaled(channels: int, config: MobileNetConfig) -> int:
     return rounded + d if rounded < 0.9 * wanted else rounded
 
 
-#: Pixels of the images that pass through a MobileNet's early blocks together in inference. Their results are the network's
-#: largest: of eight 224 x 224 images 26 to 39 MB a layer, fresh pages each time, which took a third of the network's time.
-_EARLY_PIXELS = 1 << 16
-
-
 class _MobileNet(_Classifier):
-    """stem, blocks, mean over the image, classifier; in channels_last, where every layer is at its best. In inference the stem
-    and the first blocks see a few images at a time.
-    """
-
-    _EARLY = 0  # blocks up to an eighth of the image's size
+    """stem, blocks, mean over the image, classifier; in channels_last, where every layer is at its best."""
 
     def __init__(self, config: MobileNetConfig) -> None:
         super().__init__()
@@ -191,12 +182,7 @@ class _MobileNet(_Classifier):
                 nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
 
     def _pooled(self, x: torch.Tensor) -> torch.Tensor:
-        images = max(_EARLY_PIXELS // max(x.shape[2] * x.shape[3], 1), 1)
-        if x.shape[0] <= images or torch.is_grad_enabled() or any(m.training for m in self.modules()):
-            return self.blocks(self.stem(x)).mean((2, 3))
-        early, late = self.blocks[: self._EARLY], self.blocks[self._EARLY :]
-        h = torch.cat([early(self.stem(part)) for part in x.split(images)])
-        return late(h).mean((2, 3))
+        return self.blocks(self.stem(x)).mean((2, 3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.dropout(self._pooled(x)))
@@ -205,7 +191,6 @@ class _MobileNet(_Classifier):
 class MobileNetV1(_MobileNet):
     """Howard et al. 2017: thirteen depthwise-separable convolutions."""
 
-    _EARLY = 5
     _BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
 
     def __init__(self, config: MobileNetConfig = MobileNetConfig()) -> None:
@@ -242,7 +227,6 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(_MobileNet):
     """Sandler et al. 2018: inverted residuals with linear bottlenecks."""
 
-    _EARLY = 6
     _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
     def __init__(self, config: MobileNetConfig = MobileNetConfig()) -> None:
