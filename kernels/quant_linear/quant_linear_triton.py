@@ -209,7 +209,7 @@ def dequantize_kernel(
 
 
 def _tile(M: int, group_size: int, wide: bool) -> dict[str, int]:
-    """Tiles by the number of rows: the largest that leave no accumulator in local memory on sm_90, where products of float32
+    """Tiles by the number of rows: the largest that leave nothing in local memory on sm_80 and sm_90, where products of float32
     (wide) take more registers. Their speed was not measured."""
     if M <= 16:
         step = min(max(triton.next_power_of_2(group_size), 32), 64)
