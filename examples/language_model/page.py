@@ -150,13 +150,13 @@ def page(times: dict, quality: dict) -> str:
         lines += [
             "A character model of the Python documentation (`pydoc_data`), the same for every kind: "
             f"{b['layers']} blocks of width {b['width']} with {b['heads']} heads,",
-            f"{b['steps']} steps of {b['batch']} x {b['length']} characters, {quality['threads']} threads. "
-            "So short a training tells how fast a kind learns, not how",
-            "far it gets; seconds are those of the whole training.",
+            f"{b['steps']} steps of {b['batch']} x {b['length']} characters. "
+            "A convolution over four characters stands before each attention. So",
+            f"short a training tells how fast a kind learns, not how far it gets; CPU seconds on {quality['threads']} thread(s).",
             "",
             "![Bits a character against steps](language_model.png)",
             "",
-            "| Attention | Held-out bits a character | Seconds | Parameters |",
+            "| Attention | Held-out bits a character | CPU seconds | Parameters |",
             "| --- | ---: | ---: | ---: |",
         ]
         for name, run in sorted(runs.items(), key=lambda item: item[1]["validation"]):
