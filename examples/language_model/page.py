@@ -152,7 +152,7 @@ def page(times: dict, quality: dict) -> str:
             f"{b['layers']} blocks of width {b['width']} with {b['heads']} heads,",
             f"{b['steps']} steps of {b['batch']} x {b['length']} characters. "
             "A convolution over four characters stands before each attention. So",
-            f"short a training tells how fast a kind learns, not how far it gets; CPU seconds on {quality['threads']} thread(s).",
+            f"short a training tells how fast a kind learns, not how far it gets. Threads: {quality['threads']}.",
             "",
             "![Bits a character against steps](language_model.png)",
             "",
