@@ -53,17 +53,17 @@ void fwd(const DLTensor* words_, const DLTensor* codes, const DLTensor* scales, 
          const DLTensor* bias, int64_t O, int64_t C, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t dh, int64_t dw,
          int64_t ph, int64_t pw, DLTensor* y_) {
   const Tensor words(words_, kOp, "words"), pixel_scale(pixel_scale_, kOp, "pixel_scale"), y(y_, kOp, "y");
+  words.on(kDLCPU).dtype_in({Dtype::i32}).rank_is(4, "(B, H, W, ceil(C / 32))");
+  y.on(kDLCPU).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::i32}).rank_is(4, "of rank 4");
   require(std::min(kh, kw) >= 1 && std::max(kh, kw) < (1 << 15), kOp, ": kernel must be 1 to 32767; got ", kh, ", ", kw);
   require(std::min({sh, sw, dh, dw}) >= 1, kOp, ": stride and dilation must be at least 1; got ", sh, ", ", sw, "; ", dh, ", ",
           dw);
   require(std::min(ph, pw) >= 0, kOp, ": padding must be at least 0; got ", ph, ", ", pw);
   BinaryConv p{};
   p.w = SignPanels(kOp, codes, scales, bias, O, kh * kw, C);
-  words.on(kDLCPU).dtype_in({Dtype::i32}).rank_is(4, "(B, H, W, ceil(C / 32))");
   const int64_t B = words.size(0);
   p.C = C, p.H = words.size(1), p.W = words.size(2), p.channel_words = ceil_div(C, 32);
   words.shape_is({B, p.H, p.W, p.channel_words}, "(B, H, W, ceil(C / 32))").contiguous();
-  y.on(kDLCPU).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::i32}).rank_is(4, "of rank 4");
   p.dtype = y.dtype(), p.y = y.raw();
   const bool bits = p.dtype == Dtype::i32;
   p.Ho = y.size(bits ? 1 : 2), p.Wo = y.size(bits ? 2 : 3);
