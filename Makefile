@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 STAMPS := .venv/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -q
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n auto
 
 CXX_FILES = $(shell find csrc kernels tests -type f \( -name '*.cc' -o -name '*.c' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \))
 NATIVE_FILES := CMakeLists.txt pyproject.toml constraints.txt \

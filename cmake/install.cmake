@@ -4,7 +4,7 @@ include(CMakePackageConfigHelpers)
 
 add_library(mlcore SHARED)
 add_library(mlcore::mlcore ALIAS mlcore)
-target_link_libraries(mlcore PRIVATE mlcore_objects $<BUILD_INTERFACE:mlcore_flags> OpenMP::OpenMP_CXX)
+target_link_libraries(mlcore PRIVATE mlcore_objects ${isa_objects} $<BUILD_INTERFACE:mlcore_flags> OpenMP::OpenMP_CXX)
 target_include_directories(mlcore PUBLIC
   "$<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/csrc/include>" "$<BUILD_INTERFACE:${PROJECT_BINARY_DIR}/include>"
   "$<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>")

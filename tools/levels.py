@@ -37,7 +37,7 @@ def emulation_refused() -> str | None:
 
 def run(level: str, python: str, tests: list[str]) -> bool:
     print(f"== {level}", flush=True)
-    command = [python, "-m", "pytest", "-n", "auto", "--dist", "loadgroup", *tests, *sys.argv[1:]]
+    command = [python, "-m", "pytest", "-n", "auto", *tests, *sys.argv[1:]]
     return subprocess.run(command, cwd=variant.ROOT, env=os.environ | {"MLCORE_ISA": level}).returncode == 0
 
 

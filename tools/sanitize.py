@@ -38,7 +38,7 @@ def main() -> None:
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "MLCORE_SANITIZED": "1",
     }
-    command = [str(python), "-m", "pytest", "-n", "auto", "--dist", "loadgroup", *TESTS, *sys.argv[1:]]
+    command = [str(python), "-m", "pytest", "-n", "auto", *TESTS, *sys.argv[1:]]
     sys.exit(subprocess.run(command, cwd=variant.ROOT, env=environment).returncode)
 
 

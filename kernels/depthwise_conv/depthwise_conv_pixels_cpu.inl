@@ -156,13 +156,14 @@ void rows_of(const DepthwiseConv& p, bool backward, int64_t begin, int64_t end, 
              const float* shared, float* scratch) {
   const Volume& out = backward ? p.dx : p.y;
   const int64_t strip = strip_of(p, backward), strips = ceil_div(out.size[1], strip), distance = line_distance(p, backward);
-  const bool pairs = kTiles && p.M == 1 && distance > 0 && (backward || p.dilation[2] % p.stride[2] == 0);
+  constexpr bool kPairs = kTiles && sizeof(T) == 4;  // of 16 bits, tiles of two rows gain less and take as long to compile
+  const bool pairs = kPairs && p.M == 1 && distance > 0 && (backward || p.dilation[2] % p.stride[2] == 0);
   const T** table = reinterpret_cast<const T**>(scratch);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t h0 = i % strips * strip, d = i / strips % out.size[0], n = i / strips / out.size[0];
     const int64_t last = min(h0 + strip, out.size[1]), half = pairs ? distance : strip;
     for (int64_t h = h0; h < min(h0 + half, last); ++h) {
-      if constexpr (kTiles) {
+      if constexpr (kPairs) {
         if (pairs && h + distance < last) {
           sum_rows<2, T>(p, backward, n, d, h, distance, c, channels, shared, table);
           continue;

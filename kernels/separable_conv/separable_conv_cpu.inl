@@ -1,5 +1,7 @@
 // The algorithm of separable_conv over Vec; the equations are in separable_conv.h, the reasons in README.md. Compiled once per
 // ISA. Rows of h are made 64 channels at a time in cache-resident scratch, which is at once the A operand of the product.
+#include <math.h>
+
 #include "core/simd/gemm.h"
 #include "core/simd/pixel_taps.h"
 #include "separable_conv/separable_conv_kernels.h"
@@ -8,6 +10,7 @@ namespace mlcore::MLC_ISA {
 namespace {
 
 constexpr int kW = Vec::W;
+constexpr int kVecs = kTiles ? kPanelVecs : 1;  // of channels that passes over pixels take at once
 
 // Floats: the table of pointers of one row pair, a block of channels of a strip, and the strip of y.
 struct Scratch {
@@ -51,9 +54,9 @@ struct Columns {
   }
 };
 
-// Whether rows oh and oh + 1 can share lines of x.
+// Whether rows oh and oh + 1 can share lines of x; float32 alone, since tiles of two rows take long to compile.
 bool pairs_of(const SeparableConv& p) {
-  return kTiles && p.stride[0] == 1 && p.dilation[0] == 1 && p.stride[1] == 1 && p.dilation[1] == 1;
+  return kTiles && p.dtype == Dtype::f32 && p.stride[0] == 1 && p.dilation[0] == 1 && p.stride[1] == 1 && p.dilation[1] == 1;
 }
 
 template <class T>
@@ -92,7 +95,7 @@ void make_hidden(const SeparableConv& p, int64_t rows, int64_t c, int64_t channe
   for (int64_t r = 0; r < rows; r += pair) {
     const T* const* from = reinterpret_cast<const T* const*>(table + r * size);
     float* row = h + r * p.Wo * kLd;
-    if constexpr (kTiles) {
+    if constexpr (kTiles && sizeof(T) == 4) {
       if (pair == 2 && r + 1 < rows) {
         sum_pixels<2, T, float>(taps, p.Wo, from, c, channels, weight, start, {row, row + p.Wo * kLd}, kLd);
         continue;
@@ -110,35 +113,36 @@ inline Vec sigmoid(Vec x) {
   return Vec::set1(1.0f) / (Vec::set1(1.0f) + exp2(min(x * Vec::set1(-1.44269504f), Vec::set1(126.0f))));
 }
 
-template <Activation kF>
-inline Vec activate(Vec x) {
-  if constexpr (kF == Activation::relu) return max(Vec::zero(), x);  // the second operand where either is NaN
-  if constexpr (kF == Activation::relu6) return min(Vec::set1(6.0f), max(Vec::zero(), x));
-  if constexpr (kF == Activation::silu) return x * sigmoid(x);
-  return x;
-}
-// d * f'(x); at the corners of relu and relu6 the derivative is 0, as torch has it.
-template <Activation kF>
-inline Vec through(Vec d, Vec x) {
-  if constexpr (kF == Activation::relu) return select(less(Vec::zero(), x), d, Vec::zero());
-  if constexpr (kF == Activation::relu6) return select(less(Vec::zero(), x) & less(x, Vec::set1(6.0f)), d, Vec::zero());
-  if constexpr (kF == Activation::silu) {
-    const Vec s = sigmoid(x), one = Vec::set1(1.0f);
-    return d * (s * fma(x, one - s, one));
-  }
-  return d;
-}
-template <Activation kF>
+// An activation and its derivative. relu and relu6 differ in numbers alone: what compiles once for both compiles faster.
+enum class Form { none, clamp, silu };
+template <Form kForm>
 struct ActivationOf {
-  static constexpr Activation kValue = kF;
+  Vec top, below;  // clamp: the largest result, and the largest x where the derivative is 1
+  explicit ActivationOf(Activation f)
+      : top(Vec::set1(f == Activation::relu6 ? 6.0f : INFINITY)),
+        below(Vec::set1(f == Activation::relu6 ? 0x1.7ffffep2f : INFINITY)) {}
+  Vec operator()(Vec x) const {
+    if constexpr (kForm == Form::clamp) return min(top, max(Vec::zero(), x));  // the second operand where either is NaN
+    if constexpr (kForm == Form::silu) return x * sigmoid(x);
+    return x;
+  }
+  // d * f'(x); at the corners of relu and relu6 the derivative is 0, as torch has it.
+  Vec through(Vec d, Vec x) const {
+    if constexpr (kForm == Form::clamp) return select(less(Vec::zero(), x) & ~less(below, x), d, Vec::zero());
+    if constexpr (kForm == Form::silu) {
+      const Vec s = sigmoid(x), one = Vec::set1(1.0f);
+      return d * (s * fma(x, one - s, one));
+    }
+    return d;
+  }
 };
 template <class F>
 void with_activation(Activation f, F&& body) {
   switch (f) {
-    case Activation::relu: return body(ActivationOf<Activation::relu>{});
-    case Activation::relu6: return body(ActivationOf<Activation::relu6>{});
-    case Activation::silu: return body(ActivationOf<Activation::silu>{});
-    default: return body(ActivationOf<Activation::none>{});
+    case Activation::relu:
+    case Activation::relu6: return body(ActivationOf<Form::clamp>(f));
+    case Activation::silu: return body(ActivationOf<Form::silu>(f));
+    default: return body(ActivationOf<Form::none>(f));
   }
 }
 
@@ -154,13 +158,12 @@ struct Affine {
 // a = f(scale * h + shift) in place, or f(h), for channels [c, c + channels) of `pixels` pixels.
 void finish_hidden(const SeparableConv& p, int64_t pixels, int64_t c, int64_t channels, bool affinely, float* h) {
   with_activation(p.f, [&](auto f) {
-    constexpr Activation kF = decltype(f)::kValue;
     for_row(channels, [&](int64_t j, int n) {
       const Affine affine(p, c + j, n);
       for (int64_t i = 0; i < pixels; ++i) {
         float* at = h + i * kDepth + j;
         const Vec x = load_some(at, n);
-        store_some(at, affinely ? activate<kF>(affine(x)) : activate<kF>(x), n);
+        store_some(at, f(affinely ? affine(x) : x), n);
       }
     });
   });
@@ -239,7 +242,7 @@ void fwd_of(const SeparableConv& p, int64_t strip, int64_t begin, int64_t end, c
   if (p.partial) {
     float* to = p.partial + strip * 3 * p.J + begin;
     int64_t j = 0;
-    for (; j + kPanel <= end - begin; j += kPanel) column_moments<kPanelVecs>(pixels, kW, s.y + j, ld, to + j, p.J);
+    for (; kTiles && j + kPanel <= end - begin; j += kPanel) column_moments<kVecs>(pixels, kW, s.y + j, ld, to + j, p.J);
     for_row(end - begin - j, [&](int64_t k, int m) { column_moments<1>(pixels, m, s.y + j + k, ld, to + j + k, p.J); });
   }
   with_activation(p.g, [&](auto g) {
@@ -252,7 +255,7 @@ void fwd_of(const SeparableConv& p, int64_t strip, int64_t begin, int64_t end, c
       for_row(end - begin, [&](int64_t j, int m) {
         Vec v = load_some(s.y + i * ld + j, m);
         if (p.bias) v = v + load_some(p.bias + begin + j, m);
-        v = activate<decltype(g)::kValue>(v);
+        v = g(v);
         store_some(y + j, residual ? v + load_some(residual + j, m) : v, m);
       });
     }
@@ -261,8 +264,9 @@ void fwd_of(const SeparableConv& p, int64_t strip, int64_t begin, int64_t end, c
 
 // One pass over h of rows [first, last), V vectors of channels from c on (n lanes where V is 1). kInPlace: h is x where it
 // lies, else h points to its channel c of the first pixel, kBlock floats a pixel. partial: of this block, at channel c.
-template <class T, Activation kF, int V, bool kInPlace>
-void hidden_columns(const SeparableConv& p, int64_t first, int64_t last, int64_t c, int n, const float* h, float* partial) {
+template <class T, int V, bool kInPlace, class F>
+void hidden_columns(const SeparableConv& p, F f, int64_t first, int64_t last, int64_t c, int n, const float* h,
+                    float* partial) {
   const auto load = [&](const auto* from) { return V > 1 ? Vec::load(from) : load_some(from, n); };
   const auto store = [&](auto* to, Vec v) { V > 1 ? v.store(to) : store_some(to, v, n); };
   const auto channels = [&](const float* from, int v, float other) {
@@ -292,7 +296,7 @@ void hidden_columns(const SeparableConv& p, int64_t first, int64_t last, int64_t
   }
   if (p.pass == HiddenPass::apply) {
     each([&](int v, Vec x, auto&& pixel) {
-      Vec y = activate<kF>(fma(scale[v], x, shift[v]));
+      Vec y = f(fma(scale[v], x, shift[v]));
       if (p.residual.data) y = y + load(pixel(p.residual));
       store(pixel(p.a), y);
     });
@@ -302,7 +306,7 @@ void hidden_columns(const SeparableConv& p, int64_t first, int64_t last, int64_t
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) a[v] = channels(p.by_h, v, 0.0f), b[v] = channels(p.constant, v, 0.0f);
     each([&](int v, Vec x, auto&& pixel) {
-      const Vec e = through<kF>(load(pixel(p.da)), fma(scale[v], x, shift[v]));
+      const Vec e = f.through(load(pixel(p.da)), fma(scale[v], x, shift[v]));
       store(pixel(p.a), fma(scale[v], e, fma(a[v], x, b[v])));
     });
     return;
@@ -318,7 +322,7 @@ void hidden_columns(const SeparableConv& p, int64_t first, int64_t last, int64_t
   } else {
     const bool write = p.pass == HiddenPass::gradient;
     each([&](int v, Vec x, auto&& pixel) {
-      const Vec e = through<kF>(load(pixel(p.da)), fma(scale[v], x, shift[v]));
+      const Vec e = f.through(load(pixel(p.da)), fma(scale[v], x, shift[v]));
       a[v] = a[v] + e, b[v] = fma(e, x - about[v], b[v]);
       if (write) store(pixel(p.a), scale[v] * e);
     });
@@ -348,14 +352,14 @@ void hidden_of(const SeparableConv& p, int64_t block, int64_t begin, int64_t end
     }
     const auto columns = [&]<int V>(int64_t j, int n) {
       with_activation(p.f, [&](auto f) {
-        constexpr Activation kF = decltype(f)::kValue;
         float* partial = p.partial ? p.partial + block * 3 * p.C + c + j : nullptr;
-        there ? hidden_columns<T, kF, V, true>(p, first, last, c + j, n, nullptr, partial)
-              : hidden_columns<T, kF, V, false>(p, first, last, c + j, n, s.a + j, partial);
+        there ? hidden_columns<T, V, true>(p, f, first, last, c + j, n, nullptr, partial)
+              : hidden_columns<T, V, false>(p, f, first, last, c + j, n, s.a + j, partial);
       });
     };
     int64_t j = 0;
-    for (; j + kPanel <= channels; j += kPanel) columns.template operator()<kPanelVecs>(j, kW);
+    if constexpr (sizeof(T) == 4)
+      for (; kTiles && j + kPanel <= channels; j += kPanel) columns.template operator()<kVecs>(j, kW);
     for_row(channels - j, [&](int64_t k, int n) { columns.template operator()<1>(j + k, n); });
   }
 }

@@ -5,6 +5,7 @@ and a plain CMake build and installation. Each is made once.
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -12,10 +13,12 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -49,10 +52,27 @@ def native_flags() -> list[str]:
     return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
 
 
+def once(tmp_path_factory, name: str, make: Callable):
+    """What make(folder) returned, called by the first process of this test run that gets here; others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    home, record = base / name, base / f"{name}.pickle"
+    with FileLock(base / f"{name}.lock"):
+        if not record.exists():
+            shutil.rmtree(home, ignore_errors=True)
+            home.mkdir()
+            record.write_bytes(pickle.dumps(make(home)))
+    return pickle.loads(record.read_bytes())
+
+
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
     """The source distribution, unpacked: all later builds see only what it holds."""
-    out = tmp_path_factory.mktemp("sdist")
+    return once(tmp_path_factory, "sdist", make_source)
+
+
+def make_source(out: Path) -> Path:
     code = f"from scikit_build_core.build import build_sdist; build_sdist({str(out)!r})"
     ok(run([sys.executable, "-c", code], cwd=ROOT))
     (archive,) = out.glob("mlcore-*.tar.gz")
@@ -71,7 +91,10 @@ class Wheel:
 @pytest.fixture(scope="session")
 def wheel(source, tmp_path_factory) -> Wheel:
     """The wheel that `pip install .` builds, in pip's isolated environment: no torch and no CUDA compiler there."""
-    out = tmp_path_factory.mktemp("wheel")
+    return once(tmp_path_factory, "wheel", lambda out: make_wheel(source, out))
+
+
+def make_wheel(source: Path, out: Path) -> Wheel:
     python = variant.environment(out / "bare", site_packages=[])
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run([sys.executable, "-m", "pip", "--python", python, "wheel", "--no-deps", "--wheel-dir", out, "."], cwd=source)
@@ -87,7 +110,11 @@ def wheel(source, tmp_path_factory) -> Wheel:
 @pytest.fixture(scope="session")
 def wheel_python(wheel, tmp_path_factory) -> Path:
     """A Python with the wheel installed, and torch from the environment that runs the tests."""
-    python = variant.environment(tmp_path_factory.mktemp("installed") / "venv", site_packages=variant.here())
+    return once(tmp_path_factory, "installed", lambda home: make_wheel_python(wheel, home))
+
+
+def make_wheel_python(wheel: Wheel, home: Path) -> Path:
+    python = variant.environment(home / "venv", site_packages=variant.here())
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index"]
     ok(run([*pip, wheel.path]))
     return python
@@ -110,7 +137,10 @@ class Native:
 @pytest.fixture(scope="session")
 def native(source, tmp_path_factory) -> Native:
     """cmake -S . -B build && cmake --build build && cmake --install build, as a C++ user does: no Python, no CUDA."""
-    home = tmp_path_factory.mktemp("native")
+    return once(tmp_path_factory, "native", lambda home: make_native(source, home))
+
+
+def make_native(source: Path, home: Path) -> Native:
     build, prefix = home / "build", home / "prefix"
     cmake = tool("cmake")
     log = ok(run([cmake, "-S", source, "-B", build, *native_flags(), f"-DCMAKE_INSTALL_PREFIX={prefix}", "-DMLCORE_TESTS=ON"]))

@@ -14,7 +14,7 @@ from conftest import native_flags, ok, run, tool
 
 from mlcore import _C
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+pytestmark = pytest.mark.slow
 
 CONSUMER = Path(__file__).parent / "consumer"
 OPS = sorted({op for op, *_ in _C.table()})

@@ -7,7 +7,7 @@ import pytest
 import variant
 from conftest import ok, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+pytestmark = pytest.mark.slow
 
 # The native part is the wheel's, already built: this is about Python files.
 STUB = """

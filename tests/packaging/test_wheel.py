@@ -13,7 +13,7 @@ from conftest import ROOT, ok, run, tool
 
 from mlcore import _C
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+pytestmark = pytest.mark.slow
 
 OPS = sorted({op for op, *_ in _C.table()})
 
