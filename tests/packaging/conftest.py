@@ -91,10 +91,10 @@ class Wheel:
 @pytest.fixture(scope="session")
 def wheel(source, tmp_path_factory) -> Wheel:
     """The wheel that `pip install .` builds, in pip's isolated environment: no torch and no CUDA compiler there."""
-    return once(tmp_path_factory, "wheel", lambda out: make_wheel(source, out))
+    return Wheel(*once(tmp_path_factory, "wheel", lambda out: make_wheel(source, out)))
 
 
-def make_wheel(source: Path, out: Path) -> Wheel:
+def make_wheel(source: Path, out: Path) -> tuple:
     python = variant.environment(out / "bare", site_packages=[])
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run([sys.executable, "-m", "pip", "--python", python, "wheel", "--no-deps", "--wheel-dir", out, "."], cwd=source)
@@ -104,7 +104,7 @@ def make_wheel(source: Path, out: Path) -> Wheel:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     (path,) = out.glob("*.whl")
     cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    return Wheel(path, time.perf_counter() - start, cpu)
+    return path, time.perf_counter() - start, cpu
 
 
 @pytest.fixture(scope="session")
@@ -137,13 +137,13 @@ class Native:
 @pytest.fixture(scope="session")
 def native(source, tmp_path_factory) -> Native:
     """cmake -S . -B build && cmake --build build && cmake --install build, as a C++ user does: no Python, no CUDA."""
-    return once(tmp_path_factory, "native", lambda home: make_native(source, home))
+    return Native(*once(tmp_path_factory, "native", lambda home: make_native(source, home)))
 
 
-def make_native(source: Path, home: Path) -> Native:
+def make_native(source: Path, home: Path) -> tuple:
     build, prefix = home / "build", home / "prefix"
     cmake = tool("cmake")
     log = ok(run([cmake, "-S", source, "-B", build, *native_flags(), f"-DCMAKE_INSTALL_PREFIX={prefix}", "-DMLCORE_TESTS=ON"]))
     ok(run([cmake, "--build", build]))
     ok(run([cmake, "--install", build]))
-    return Native(build, prefix, log)
+    return build, prefix, log
