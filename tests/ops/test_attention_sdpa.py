@@ -62,7 +62,8 @@ def test_same_gradients_as_torch(name):
         return torch.autograd.grad(fn(*leaves, **kwargs).square().sum(), wanted)
 
     for got, want in zip(gradients(scaled_dot_product_attention), gradients(F.scaled_dot_product_attention), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        # Sums that cancel keep the rounding of what they summed: what may differ follows the whole tensor's size.
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6 * want.abs().max().item())
 
 
 @pytest.mark.parametrize(
