@@ -7,7 +7,7 @@ style: setup_context costs 17 us a call). A call with nothing to record goes to 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.autograd import forward_ad
@@ -145,3 +145,14 @@ def reference_if_transformed(op: str, impl: str | None) -> str | None:
 def create_graph() -> bool:
     """True in a backward pass that must itself be differentiable."""
     return torch.is_grad_enabled() and not _compiling()
+
+
+def graph_gradients(needed: Sequence[bool], tensors: Sequence, outputs: Sequence, seeds: Sequence) -> tuple:
+    """Where create_graph(): gradients of `tensors` with a graph, None where they aren't needed. `outputs` are the reference's,
+    computed with gradients enabled, which differentiates without end; one without a seed counts for nothing.
+    """
+    wanted = [i for i, t in enumerate(tensors) if t is not None and needed[i]]
+    outs, given = zip(*((out, seed) for out, seed in zip(outputs, seeds) if seed is not None and out.requires_grad))
+    found = torch.autograd.grad(outs, [tensors[i] for i in wanted], given, create_graph=True, allow_unused=True)
+    grads = dict(zip(wanted, found))
+    return tuple(grads.get(i) for i in range(len(tensors)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .._registry import create_graph, direct, kernel, register
+from .._registry import create_graph, direct, graph_gradients, kernel, register
 from ..kernels.separable_conv import separable_conv_ref as ref
 
 OP = "separable_conv"
@@ -261,22 +261,16 @@ def reference(x, depthwise, weight, bias, pointwise, moments, numbers, f):
     return ref.finish(h, weight, bias, pointwise, None, f, 0, None).to(x.dtype)
 
 
-def _graph(ctx, tensors, out, seed):
-    """Gradients with a graph of the first inputs: of the reference, which differentiates without end."""
-    wanted = [(i, t) for i, t in enumerate(tensors) if ctx.needs_input_grad[i]]
-    found = torch.autograd.grad(out, [t for _, t in wanted], seed, create_graph=True)
-    grads = dict(zip((i for i, _ in wanted), found, strict=True))
-    return tuple(grads.get(i) for i in range(len(tensors)))
-
-
 def _conv_graph(ctx, dz):
     tensors = ctx.saved_tensors[:5]
     with torch.enable_grad():
-        return _graph(ctx, tensors, reference(*tensors, ctx.saved_tensors[7], ctx.numbers, ctx.f), dz)
+        z = reference(*tensors, ctx.saved_tensors[7], ctx.numbers, ctx.f)
+        return graph_gradients(ctx.needs_input_grad, tensors, (z,), (dz,))
 
 
 def _norm_graph(ctx, dy):
     x, weight, bias, residual = ctx.saved_tensors[:4]
     with torch.enable_grad():
         y = reference(x, None, weight, bias, None, ctx.saved_tensors[6], PLAIN, ctx.f)
-        return _graph(ctx, (x, weight, bias, residual), y if residual is None else y + residual, dy)
+        y = y if residual is None else y + residual
+        return graph_gradients(ctx.needs_input_grad, (x, weight, bias, residual), (y,), (dy,))

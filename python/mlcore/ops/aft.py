@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._backend import choose
-from .._registry import autocast, create_graph, direct, kernel, needs_grad, reference_if_transformed, register
+from .._registry import autocast, create_graph, direct, graph_gradients, kernel, needs_grad, reference_if_transformed, register
 from ..kernels.aft import aft_ref
 from ._tokens import check_tokens, inner_contiguous
 
@@ -84,9 +84,7 @@ class _Aft(torch.autograd.Function):
         if create_graph():
             with torch.enable_grad():
                 o = aft_ref.aft(*tensors, ctx.window or None, ctx.causal)
-                wanted = [i for i in range(4) if need[i]]
-                found = dict(zip(wanted, torch.autograd.grad(o, [tensors[i] for i in wanted], d_o, create_graph=True)))
-            return *(found.get(i) for i in range(4)), None, None, None
+                return *graph_gradients(need, tensors, (o,), (d_o,)), None, None, None
         bwd = _bwd_launch if direct(*tensors, d_o) else _bwd
         grads = bwd(*tensors, ctx.window, ctx.causal, *kept, d_o, need[3], ctx.impl)
         return *(g if n else None for g, n in zip(grads, need)), None, None, None

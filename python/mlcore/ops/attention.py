@@ -8,7 +8,17 @@ import torch
 
 from .._backend import choose
 from .._pattern_tree import dense
-from .._registry import autocast, create_graph, direct, direct_apply, lean_rows, needs_grad, reference_if_transformed, register
+from .._registry import (
+    autocast,
+    create_graph,
+    direct,
+    direct_apply,
+    graph_gradients,
+    lean_rows,
+    needs_grad,
+    reference_if_transformed,
+    register,
+)
 from ..patterns import Pattern
 from ._attention_launch import bwd_fake, bwd_launch, fwd_fake, fwd_launch, lean_bwd, lean_fwd, new_lse
 from ._tokens import check_tokens
@@ -109,11 +119,7 @@ def _differentiable_gradients(ctx, inputs, seed, tensors, gradients):
     inputs: q, k, v, bias, relative, sinks; gradients: those of o and lse, or None."""
     with torch.enable_grad():
         outputs = _reference(*inputs, seed, tensors, ctx.spec, *ctx.numbers[:-1])
-        wanted = [(i, t) for i, (t, need) in enumerate(zip(inputs, ctx.needs_input_grad)) if t is not None and need]
-        pairs = [(out, d) for out, d in zip(outputs, gradients) if d is not None]
-        found = torch.autograd.grad([p[0] for p in pairs], [t for _, t in wanted], [p[1] for p in pairs], create_graph=True)
-    grads = dict(zip((i for i, _ in wanted), found))
-    return tuple(grads.get(i) for i in range(6))
+        return graph_gradients(ctx.needs_input_grad, inputs, outputs, gradients)
 
 
 def attention(

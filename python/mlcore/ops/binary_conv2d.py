@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from .._backend import choose
-from .._registry import autocast, create_graph, direct, kernel, needs_grad, reference_if_transformed, register
+from .._registry import autocast, create_graph, direct, graph_gradients, kernel, needs_grad, reference_if_transformed, register
 from ..kernels.binary_conv2d import binary_conv2d_ref as ref
 from ..quant import PackedWeight, pack_codes
 from ._signs import (
@@ -151,9 +151,7 @@ def _differentiable_gradients(ctx, dy):
         bias = dy.new_zeros(O, dtype=torch.float32).requires_grad_()  # its gradient doesn't depend on it
         scaled, estimator = pixel_scale is not None, ctx.how[0]
         y = _formula(x, codes, scales, O, bias, x.shape[1], numbers, scaled, estimator, dy.dtype)
-        leaves = [t for t, needed in zip((x, bias), ctx.needs_input_grad) if needed]
-        found = iter(torch.autograd.grad(y, leaves, dy, create_graph=True))
-    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad[:2])
+        return graph_gradients(ctx.needs_input_grad, (x, bias), (y,), (dy,))
 
 
 def _each(name, value, least):

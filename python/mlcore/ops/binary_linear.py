@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._backend import choose
-from .._registry import autocast, create_graph, direct, kernel, needs_grad, reference_if_transformed, register
+from .._registry import autocast, create_graph, direct, graph_gradients, kernel, needs_grad, reference_if_transformed, register
 from ..kernels.binary_linear import binary_linear_ref as ref
 from ..quant import PackedWeight
 from ._signs import (
@@ -117,9 +117,7 @@ def _differentiable_gradients(ctx, dy):
     with torch.enable_grad():
         bias = dy.new_zeros(N, dtype=torch.float32).requires_grad_()  # its gradient doesn't depend on it
         y = _formula(x, codes, scales, bias, N, x.shape[-1], row_scale is not None, estimator, dy.dtype)
-        leaves = [t for t, needed in zip((x, bias), ctx.needs_input_grad) if needed]
-        found = iter(torch.autograd.grad(y, leaves, dy, create_graph=True))
-    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad[:2])
+        return graph_gradients(ctx.needs_input_grad, (x, bias), (y,), (dy,))
 
 
 def _check(x, packed, *others):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._backend import choose
-from .._registry import autocast, create_graph, direct, kernel, needs_grad, reference_if_transformed, register
+from .._registry import autocast, create_graph, direct, graph_gradients, kernel, needs_grad, reference_if_transformed, register
 from ..kernels.causal_conv1d import causal_conv1d_ref
 
 _OP = "causal_conv1d"
@@ -161,13 +161,7 @@ def _differentiable_gradients(ctx, dy, dfinal):
     x, weight, bias, initial, seq_idx, cu_seqlens = ctx.saved_tensors
     with torch.enable_grad():
         out = causal_conv1d_ref.causal_conv1d(x, weight, bias, _NAMES[ctx.activation], initial, seq_idx, cu_seqlens)
-        wanted = [(i, t) for i, t in enumerate((x, weight, bias, initial)) if ctx.needs_input_grad[i]]
-        pairs = [(o, d) for o, d in zip(out, (dy, dfinal)) if d is not None and o.requires_grad]
-        found = torch.autograd.grad(
-            [o for o, _ in pairs], [t for _, t in wanted], [d for _, d in pairs], create_graph=True, allow_unused=True
-        )
-    grads = dict(zip((i for i, _ in wanted), found))
-    return tuple(grads.get(i) for i in range(4))
+        return graph_gradients(ctx.needs_input_grad, (x, weight, bias, initial), out, (dy, dfinal))
 
 
 def _check(x, weight, bias, activation) -> None:

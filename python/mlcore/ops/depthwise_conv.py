@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .._backend import choose
-from .._registry import autocast, create_graph, direct, kernel, needs_grad, reference_if_transformed, register
+from .._registry import autocast, create_graph, direct, graph_gradients, kernel, needs_grad, reference_if_transformed, register
 from ..kernels.depthwise_conv import depthwise_conv_ref
 
 _OP = "depthwise_conv"
@@ -150,10 +150,7 @@ def _differentiable_gradients(ctx, dy):
     stride, dilation, pad = ctx.numbers
     with torch.enable_grad():
         out = _reference(*tensors, stride, dilation, pad)
-        wanted = [(i, t) for i, t in enumerate(tensors) if ctx.needs_input_grad[i]]
-        found = torch.autograd.grad(out, [t for _, t in wanted], dy, create_graph=True)
-    grads = dict(zip((i for i, _ in wanted), found, strict=True))
-    return tuple(grads.get(i) for i in range(3))
+        return graph_gradients(ctx.needs_input_grad, tensors, (out,), (dy,))
 
 
 def _each(op, name, value, dims, least):

@@ -7,7 +7,17 @@ from collections.abc import Callable
 import torch
 
 from .._backend import RULES, choose
-from .._registry import autocast, create_graph, direct, kernel, needs_grad, reference_if_transformed, register, transformed
+from .._registry import (
+    autocast,
+    create_graph,
+    direct,
+    graph_gradients,
+    kernel,
+    needs_grad,
+    reference_if_transformed,
+    register,
+    transformed,
+)
 from ..kernels.linear_attention import linear_attention_ref
 from ._tokens import check_tokens, inner_contiguous
 
@@ -182,13 +192,7 @@ def _differentiable_gradients(ctx, tensors, d_o, d_final_state):
     """Gradients with a graph, for create_graph=True: the reference's, which differentiates without end."""
     with torch.enable_grad():
         outputs = _reference(*tensors, *ctx.numbers)
-        wanted = [(i, t) for i, (t, n) in enumerate(zip(tensors, ctx.needs_input_grad)) if n]
-        pairs = [(out, d) for out, d in zip(outputs, (d_o, d_final_state)) if d is not None]
-        found = torch.autograd.grad(
-            [p[0] for p in pairs], [t for _, t in wanted], [p[1] for p in pairs], create_graph=True, allow_unused=True
-        )
-    grads = dict(zip((i for i, _ in wanted), found))
-    return tuple(grads.get(i) for i in range(6))
+        return graph_gradients(ctx.needs_input_grad, tensors[:6], outputs, (d_o, d_final_state))
 
 
 def _reference(q, k, v, gate, beta, initial_state, cu_seqlens, feature, normalize, causal):
