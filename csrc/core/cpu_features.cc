@@ -32,7 +32,18 @@ Isa parse(const char* name, const char* source) {
 
 constexpr int kUnset = -1;
 std::atomic<int> chosen{kUnset};
-std::atomic<bool> vpopcntdq_allowed{true};
+
+constexpr const char* kExtensions[] = {"vnni", "vpopcntdq"};
+std::atomic<bool> allowed[] = {true, true};
+
+bool detect(Extension extension) {
+#if defined(MLC_BUILD_X86)
+  if (avx512_is_emulated()) return false;
+  return extension == Extension::vnni ? __builtin_cpu_supports("avx512vnni") : __builtin_cpu_supports("avx512vpopcntdq");
+#else
+  return (void)extension, false;
+#endif
+}
 
 }  // namespace
 
@@ -49,16 +60,17 @@ bool avx512_is_emulated() {
 #endif
 }
 
-bool has_vpopcntdq() {
-#if defined(MLC_BUILD_X86)
-  static const bool has = __builtin_cpu_supports("avx512vpopcntdq") && !avx512_is_emulated();
-  return has && vpopcntdq_allowed.load(std::memory_order_relaxed);
-#else
-  return false;
-#endif
+bool has(Extension extension) {
+  static const bool found[] = {detect(Extension::vnni), detect(Extension::vpopcntdq)};
+  const int i = static_cast<int>(extension);
+  return found[i] && allowed[i].load(std::memory_order_relaxed);
 }
 
-void allow_vpopcntdq(bool allow) { vpopcntdq_allowed.store(allow); }
+void allow(const char* extension, bool on) {
+  for (int i = 0; i < 2; ++i)
+    if (std::strcmp(extension, kExtensions[i]) == 0) return allowed[i].store(on);
+  fail(MLC_INVALID_ARGUMENT, "extension must be vnni or vpopcntdq; got \"", extension, "\"");
+}
 
 Isa best_isa() {
   static const Isa best = detect();

@@ -15,9 +15,11 @@ void set_isa(const char* name);  // "" returns to the default; for tests and com
 // True when the AVX-512 kernels are compiled to emulated instructions (a build for tests on machines without AVX-512).
 bool avx512_is_emulated();
 
-// True where the AVX-512 kernels may count bits by VPOPCNTDQ: the machine has it, and tests have not forbidden it.
-bool has_vpopcntdq();
-void allow_vpopcntdq(bool allow);
+// Instructions that some machines of the AVX-512 level have: kernels choose by them at run time.
+enum class Extension { vnni, vpopcntdq };
+
+bool has(Extension extension);               // the machine has it, and it is allowed
+void allow(const char* extension, bool on);  // by its name, like set_isa(); to run what machines without it would
 
 }  // namespace mlcore
 

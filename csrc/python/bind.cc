@@ -47,6 +47,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_used()) {
   m.def("isa", [] { return mlcore::name_of(mlcore::current_isa()); }, "The ISA level that the kernels use now.");
   m.def("best_isa", [] { return mlcore::name_of(mlcore::best_isa()); }, "The highest ISA level that this machine has.");
   m.def("set_isa", &mlcore::set_isa, py::arg("name"), "Forces a level; \"\" returns to the default. Not while kernels run.");
+  m.def("allow", &mlcore::allow, py::arg("extension"), py::arg("on"),
+        "Lets kernels use \"vnni\" or \"vpopcntdq\" where the machine has it (the default), or not. Not while kernels run.");
   m.def("avx512_is_emulated", &mlcore::avx512_is_emulated);
   m.def(
       "num_threads",

@@ -68,8 +68,3 @@ int mlc_binary_linear_fwd(const DLTensor* words, const DLTensor* codes, const DL
                           const DLTensor* bias, int64_t N, int64_t K, DLTensor* y) {
   return mlcore::guard([&] { mlcore::fwd(words, codes, scales, row_scale, bias, N, K, y); });
 }
-
-int mlc_binary_linear_allow_vpopcntdq(int64_t allow) {
-  mlcore::allow_vpopcntdq(allow != 0);
-  return MLC_OK;
-}

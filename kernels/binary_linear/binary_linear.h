@@ -18,7 +18,4 @@ MLC_API int mlc_binary_linear_pack(const DLTensor* x, DLTensor* words, DLTensor*
 MLC_API int mlc_binary_linear_fwd(const DLTensor* words, const DLTensor* codes, const DLTensor* scales,
                                   const DLTensor* row_scale, const DLTensor* bias, int64_t N, int64_t K, DLTensor* y);
 
-// 1 (the default): VPOPCNTDQ is used where the machine has it; 0: not, to test what others run. Holds for all binary ops.
-MLC_API int mlc_binary_linear_allow_vpopcntdq(int64_t allow);
-
 #endif  // MLCORE_BINARY_LINEAR_H_

@@ -3,7 +3,6 @@
 #include "quant_linear/quant_linear.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -21,16 +20,6 @@ constexpr int64_t kPackedFloats = 8 << 20, kPackedIntegers = 768 << 10;
 constexpr int64_t kRowsAtOnce = 480;  // rows whose 64 columns of sums (123 KB) stay in the L2 beside the decoded weights
 constexpr int64_t kGrain = 1 << 12;   // words of packed x that an item should make at least
 thread_local Scratch shared_scratch;  // of the calling thread; its workers get slices
-std::atomic<bool> vnni_allowed{true};
-
-bool has_vnni() {
-#if defined(MLC_BUILD_X86)
-  static const bool has = __builtin_cpu_supports("avx512vnni") && !avx512_is_emulated();
-  return has && vnni_allowed.load(std::memory_order_relaxed);
-#else
-  return false;
-#endif
-}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -123,7 +112,7 @@ void fwd(const DLTensor* x_, const DLTensor* codes, const DLTensor* scales, cons
   Packed packed(N, x.size(1), codes, scales, zeros, codebook, bits, offset, group_size);
   require(activation >= 0 && activation <= 4, kOp, ": activation must be 0 to 4; got ", activation);
   QuantLinear p{};
-  p.M = M, p.dtype = x.dtype(), p.activation = activation, p.int8 = int8 != 0, p.vnni = has_vnni();
+  p.M = M, p.dtype = x.dtype(), p.activation = activation, p.int8 = int8 != 0, p.vnni = has(Extension::vnni);
   p.x = {x.raw(), x.stride(0)}, p.y = {y.raw(), y.stride(0)};
   if (residual.present()) {
     residual.on(kDLCPU).dtype_in({x.dtype()}).shape_is({M, N}, "(M, N)").last_dim_contiguous();
@@ -202,9 +191,4 @@ int mlc_quant_linear_fwd(const DLTensor* x, const DLTensor* codes, const DLTenso
 int mlc_quant_linear_dequantize(const DLTensor* codes, const DLTensor* scales, const DLTensor* zeros, const DLTensor* codebook,
                                 int64_t bits, int64_t offset, int64_t group_size, DLTensor* w) {
   return mlcore::guard([&] { mlcore::dequantize(codes, scales, zeros, codebook, bits, offset, group_size, w); });
-}
-
-int mlc_quant_linear_allow_vnni(int64_t allow) {
-  mlcore::vnni_allowed.store(allow != 0);
-  return MLC_OK;
 }

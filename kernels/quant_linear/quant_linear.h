@@ -28,7 +28,4 @@ MLC_API int mlc_quant_linear_dequantize(const DLTensor* codes, const DLTensor* s
                                         const DLTensor* codebook, int64_t bits, int64_t offset, int64_t group_size,
                                         DLTensor* w);
 
-// 1 (the default): VNNI instructions are used where the machine has them; 0: not, to test what others run.
-MLC_API int mlc_quant_linear_allow_vnni(int64_t allow);
-
 #endif  // MLCORE_QUANT_LINEAR_H_

@@ -232,6 +232,12 @@ def available(op: str, device: str | None = None) -> list[str]:
     return [name for name in names if device in (None, device_of(name).type)]
 
 
+def ways(op: str, extension: str) -> list[str]:
+    """available(op, "cpu") but the reference, and "cpu[avx512] without <extension>", what machines without it run."""
+    levels = [name for name in available(op, "cpu") if name.startswith("cpu")]
+    return levels + [f"{name} without {extension}" for name in levels if "avx512" in name]
+
+
 def dtypes_of(op: str, name: str) -> list[torch.dtype]:
     """The floating dtypes that an implementation of available(op) takes, widest first."""
     backend = name.split("[")[0]
@@ -255,10 +261,17 @@ def device_of(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[str]:
-    """Runs the block with an implementation of available(op): forces its ISA level, and gives what to pass as impl=."""
+    """Runs the block with an implementation of available() or ways(): forces its ISA level, and gives what to pass as impl=."""
+    name, _, forbidden = name.partition(" without ")
     backend, _, level = name.rstrip("]").partition("[")
-    with isa(level) if level else contextlib.nullcontext():
-        yield backend
+    if forbidden:
+        _C.allow(forbidden, False)
+    try:
+        with isa(level) if level else contextlib.nullcontext():
+            yield backend
+    finally:
+        if forbidden:
+            _C.allow(forbidden, True)
 
 
 @contextlib.contextmanager

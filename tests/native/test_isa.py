@@ -78,6 +78,11 @@ def test_set_isa():
     assert _C.isa() == (os.environ.get("MLCORE_ISA") or _C.best_isa())
 
 
+def test_allow():
+    with pytest.raises(_C.Error, match='extension must be vnni or vpopcntdq; got "amx"'):
+        _C.allow("amx", False)
+
+
 def at_every_level(compute):
     results = []
     for level in HERE:

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from binary_suite import WAYS, signs, way
+from binary_suite import WAYS, signs
 
 import mlcore
 from mlcore import _C, testing
@@ -50,7 +50,7 @@ def test_exact(name, shape, last):
     B, C, O, H, W, kernel, *geometry = shape
     x, w = image(B, C, H, W, last=last), torch.randn(O, C, *kernel)
     packed = pack_binary_conv(w, torch.ones(O))
-    with way(name) as impl:
+    with testing.use(name) as impl:
         y = binary_conv2d(x, packed, None, *geometry, kernel_size=kernel, impl=impl)
     assert torch.equal(y.double(), truth(x, w, *geometry))
 
@@ -58,7 +58,7 @@ def test_exact(name, shape, last):
 @pytest.mark.parametrize("name", WAYS)
 def test_exact_for_many_shapes(name):
     """432 shapes a way: sizes up to odd ones, kernels larger than the image, more padding than kernel."""
-    with way(name) as impl:
+    with testing.use(name) as impl:
         sizes = itertools.product((1, 3, 40), (1, 19), (1, 4, 7), (1, 2, 3), (1, 2), (0, 1, 4), (1, 3))
         for C, O, H, k, stride, padding, dilation in sizes:
             if H + 2 * padding < (k - 1) * dilation + 1:
@@ -73,7 +73,7 @@ def test_exact_for_many_shapes(name):
 def test_padding_is_no_sign(name):
     """All inputs and weights +1: a sum is the number of taps inside."""
     x, packed = torch.ones(1, 40, 4, 4), pack_binary_conv(torch.ones(3, 40, 3, 3))
-    with way(name) as impl:
+    with testing.use(name) as impl:
         y = binary_conv2d(x, packed, padding=1, kernel_size=3, impl=impl)
     assert torch.equal(y[0, 0], 40.0 * torch.tensor([[4, 6, 6, 4], [6, 9, 9, 6], [6, 9, 9, 6], [4, 6, 6, 4]]))
 
@@ -112,7 +112,7 @@ def test_ways_agree_to_the_bit():
     for name in [*WAYS, "reference"]:
         for threads in (2, 1):
             torch.set_num_threads(threads)
-            with way(name) as impl:
+            with testing.use(name) as impl:
                 for t in (x, x.to(memory_format=torch.channels_last), x[:1], x.transpose(2, 3).contiguous().transpose(2, 3)):
                     results.append(binary_conv2d(t, packed, bias, padding=1, kernel_size=3, impl=impl))
     torch.set_num_threads(2)
@@ -125,7 +125,7 @@ def test_ways_agree_to_the_bit():
 def test_layers_stay_packed(name, last):
     first, second = pack_binary_conv(torch.randn(75, 37, 3, 3)), pack_binary_conv(torch.randn(20, 75, 1, 1))
     x, bias = image(2, 37, 9, 8, last=last), torch.randn(75)
-    with way(name) as impl:
+    with testing.use(name) as impl:
         packed = pack_pixels(x, scale=True, impl=impl)
         assert torch.equal(unpack_signs(packed).permute(0, 3, 1, 2).double(), signs(x))
         torch.testing.assert_close(packed.scale, x.abs().mean(1))
@@ -158,7 +158,7 @@ def test_nan_stays_in_its_windows(name):
     packed, x = pack_binary_conv(torch.randn(5, 8, 3, 3)), torch.randn(2, 8, 6, 6)
     clean = x.clone()
     x[0, 3, 2, 2], clean[0, 3, 2, 2] = torch.nan, 1.0
-    with way(name) as impl:
+    with testing.use(name) as impl:
         assert torch.equal(*(binary_conv2d(t, packed, kernel_size=3, impl=impl) for t in (x, clean)))
         scaled = binary_conv2d(x, packed, kernel_size=3, activation_scale=True, impl=impl)
     assert scaled[0, :, :3, :3].isnan().all() and scaled[0, :, 3:].isfinite().all() and scaled[1].isfinite().all()

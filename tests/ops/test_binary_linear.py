@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from binary_suite import LEVELS, WAYS, signs, way
+from binary_suite import LEVELS, WAYS, signs
 
 import mlcore
 from mlcore import _C, testing
@@ -29,7 +29,7 @@ PRIMES = [1, 2, 3, 7, 13, 31, 37, 67]
 @pytest.mark.parametrize("name", WAYS)
 def test_exact_for_many_shapes(name):
     """Sums equal int64 arithmetic: 512 shapes on each way, with all-equal and all-different rows among them."""
-    with way(name) as impl:
+    with testing.use(name) as impl:
         for M in PRIMES:
             for N in PRIMES:
                 for K in (1, 5, 32, 33, 97, 211, 1024, 1999):
@@ -44,7 +44,7 @@ def test_exact_where_bytes_would_overflow(name):
     """All bits differ, over more words than a byte can count."""
     K, N = 70_001, 70
     packed = pack(torch.ones(N, K), "binary")
-    with way(name) as impl:
+    with testing.use(name) as impl:
         assert torch.equal(binary_linear(-torch.ones(7, K), packed, impl=impl), torch.full((7, N), -float(K)))
 
 
@@ -72,7 +72,7 @@ def test_ways_agree_to_the_bit(dtype):
     packed, x, bias = pack(torch.randn(150, 300), "binary"), torch.randn(19, 300).to(dtype), torch.randn(150)
     results = []
     for name in [*WAYS, "reference"]:
-        with way(name) as impl:
+        with testing.use(name) as impl:
             results.append(binary_linear(x, packed, bias, impl=impl))
             torch.set_num_threads(1)
             results.append(binary_linear(x, packed, bias, impl=impl))
@@ -86,7 +86,7 @@ def test_layers_stay_packed(name):
     """Packed in, packed out: the same as signs of a float result, which the next layer takes."""
     first, second = pack(torch.randn(75, 133), "binary"), pack(torch.randn(20, 75), "binary")
     x, bias = torch.randn(2, 11, 133), torch.randn(75)
-    with way(name) as impl:
+    with testing.use(name) as impl:
         packed = pack_signs(x, scale=True, impl=impl)
         assert torch.equal(unpack_signs(packed), signs(x).float())
         torch.testing.assert_close(packed.scale, x.abs().mean(-1))
@@ -130,7 +130,7 @@ def test_empty_and_batched(name, shape, scaled):
 def test_nan_stays_in_its_row(name):
     packed, x = pack(torch.randn(40, 50), "binary"), torch.randn(8, 50)
     x[2, 3], x[5, 49], x[6, 0] = torch.nan, -torch.inf, -0.0
-    with way(name) as impl:
+    with testing.use(name) as impl:
         plain, scaled = (binary_linear(x, packed, activation_scale=s, impl=impl) for s in (False, True))
         want = signs(x).float() @ packed.dequantize().T
     torch.testing.assert_close(plain, want)  # NaN and -0 count as +1

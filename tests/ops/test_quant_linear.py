@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import random
 
@@ -19,20 +18,8 @@ from mlcore.quant import pack, pack_codes
 
 CASES = [case for case in testing.cases("quant_linear", "cpu") if case[1] != torch.float64]
 KERNELS = [name for name in testing.available("quant_linear", "cpu") if name != "reference"]
-# The AVX-512 level has two integer products: with VNNI and, on machines without it, by widening.
-LEVELS = [*KERNELS, "cpu[avx512] without VNNI"] if "cpu[avx512]" in KERNELS else KERNELS
+LEVELS = testing.ways("quant_linear", "vnni")  # without it the AVX-512 level widens
 FORMATS = [f"int{b}" for b in range(1, 9)] + ["ternary", "nf4", "codebook"]
-
-
-@contextlib.contextmanager
-def use(level):
-    name, _, without = level.partition(" without ")
-    _C.quant_linear_allow_vnni(0 if without else 1)
-    try:
-        with testing.use(name) as impl:
-            yield impl
-    finally:
-        _C.quant_linear_allow_vnni(1)
 
 
 def make(M, N, K, dtype=torch.float32, layout="contiguous"):
@@ -89,7 +76,7 @@ def test_every_format(format, symmetric):
         for dynamic_int8 in (False, True):
             want = quant_linear(**inputs, packed=packed, dynamic_int8=dynamic_int8, impl="reference")
             for level in LEVELS:
-                with use(level) as impl:
+                with testing.use(level) as impl:
                     got = quant_linear(**inputs, packed=packed, dynamic_int8=dynamic_int8, impl=impl)
                     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
                     assert torch.equal(_dequantize(torch.empty(0), *weight_args(packed), *numbers, impl), dense)
@@ -122,7 +109,7 @@ def test_integers_are_exact_on_every_level(seed):
         z = 2 ** (bits - 1) if zeros is None else zeros.repeat_interleave(group, 1)[:, :K]
         want = (x @ (codes - z).T).float()
         for level in LEVELS:
-            with use(level) as impl:
+            with testing.use(level) as impl:
                 for M in rows:
                     got = quant_linear(x[:M].float(), packed, dynamic_int8=True, impl=impl)
                     assert torch.equal(got, want[:M]), f"{level}: M, N, K = {M, N, K}, group {group}, {bits} bits"
@@ -133,7 +120,7 @@ def test_integer_sums_do_not_overflow():
     K = 140_000
     packed = pack_codes(torch.full((3, K), 255), torch.ones(3, 1), bits=8, group_size=K, zeros=torch.zeros(3, 1).long())
     for level in LEVELS:
-        with use(level) as impl:
+        with testing.use(level) as impl:
             got = quant_linear(torch.full((2, K), 127.0), packed, dynamic_int8=True, impl=impl)
         assert (got.double() - 127 * 255 * K).abs().max() <= 127 * 255 * K * 2**-23
 
@@ -144,7 +131,7 @@ def test_levels_agree_to_the_bit(format, group):
     packed, inputs = pack(torch.randn(70, 200), format, group_size=group), make(9, 70, 200)
     results = []
     for level in LEVELS:
-        with use(level) as impl:
+        with testing.use(level) as impl:
             results.append(quant_linear(**inputs, packed=packed, activation="relu", dynamic_int8=True, impl=impl))
     assert all(torch.equal(r, results[0]) for r in results)
 
@@ -159,7 +146,7 @@ def test_a_rows_bits_depend_on_nothing_else(level, format, group, dynamic_int8):
     for symmetric in (True, False) if format.startswith("int") else (True,):
         packed = pack(torch.randn(200, 400), format, group_size=group, symmetric=symmetric)
         x = torch.randn(70, 400)
-        with use(level) as impl:
+        with testing.use(level) as impl:
             whole = quant_linear(x, packed, activation="gelu", dynamic_int8=dynamic_int8, impl=impl)
             for rows in (1, 2, 3, 4, 5, 8, 64):
                 part = quant_linear(x[:rows], packed, activation="gelu", dynamic_int8=dynamic_int8, impl=impl)
@@ -174,7 +161,7 @@ def test_a_rows_bits_depend_on_nothing_else(level, format, group, dynamic_int8):
 @pytest.mark.parametrize("level", LEVELS)
 def test_layouts(level, layout):
     packed, inputs = pack(torch.randn(40, 50), "int4", group_size=16), make(6, 40, 50, layout=layout)
-    with use(level) as impl:
+    with testing.use(level) as impl:
         got = quant_linear(**inputs, packed=packed, impl=impl)
         want = quant_linear(**{n: t.contiguous() for n, t in inputs.items()}, packed=packed, impl=impl)
     assert torch.equal(got, want)
@@ -201,7 +188,7 @@ def test_empty_and_batched(name, shape, dynamic_int8):
 def test_nan_and_infinity_stay_in_their_row(level, dynamic_int8):
     packed, x = pack(torch.randn(40, 50), "int4", group_size=16), torch.randn(8, 50)
     x[2, 3], x[5, 49], x[6, 0] = torch.nan, torch.inf, 3e38
-    with use(level) as impl:
+    with testing.use(level) as impl:
         got = quant_linear(x, packed, dynamic_int8=dynamic_int8, impl=impl)
         x[2], x[5] = 0, 0
         clean = quant_linear(x, packed, dynamic_int8=dynamic_int8, impl=impl)
@@ -217,7 +204,7 @@ def test_codebooks_of_several_tables(entries, tables):
     for dynamic_int8 in (False, True):
         want = quant_linear(x, packed, dynamic_int8=dynamic_int8, impl="reference")
         for level in LEVELS:
-            with use(level) as impl:
+            with testing.use(level) as impl:
                 got = quant_linear(x, packed, dynamic_int8=dynamic_int8, impl=impl)
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
 

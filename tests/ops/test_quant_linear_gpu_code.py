@@ -24,8 +24,7 @@ def served(monkeypatch):
     """Every implementation that the CPU suite's functions ask for is the one under test."""
     with gpu_code.serving(OP, BACKEND):
         monkeypatch.setattr(suite, "LEVELS", [BACKEND])
-        for module in (suite, suite.testing):
-            monkeypatch.setattr(module, "use", lambda name: gpu_code.contextlib.nullcontext(BACKEND))
+        monkeypatch.setattr(suite.testing, "use", lambda name: gpu_code.contextlib.nullcontext(BACKEND))
         yield
 
 
