@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ def make_group(problem: Problem, dtype: torch.dtype, compiled: bool) -> Group:
 
     calls = {"mlcore": call_of(ours), "torch": call_of(stock)}
     if compiled:
-        calls["torch (compiled)"] = call_of(torch.compile(stock, dynamic=False))
+        calls["torch (compiled)"] = call_of(harness.compiled(stock))
     if not problem.backward:
         calls["floor: clone of x"] = x.clone  # the floor: the same traffic, an output of the same size
     wide = [t.double().requires_grad_() for t in (x, weight)]

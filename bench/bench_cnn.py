@@ -10,6 +10,7 @@ import importlib.util
 import io
 import types
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,11 +53,11 @@ def stock(model: nn.Module, layout: torch.memory_format) -> nn.Module:
 def frozen(model, x):
     import torch._inductor.config as config
 
-    compiled = torch.compile(model)
+    fast = harness.compiled(model)
 
     def run():
         with config.patch(freezing=True):
-            return compiled(x)
+            return fast(x)
 
     return run
 
