@@ -36,11 +36,15 @@ SHAPES = [
     (1, 70, 9, 1, 31, (1, 7), 1, (0, 3), 3),
     (1, 8, 8, 6, 6, (3, 3), 1, "same", 2),
     (1, 8, 8, 6, 6, (2, 4), 1, "same", 1),
+    (1, 8, 8, 6, 7, (3, 3), 2, ((0, 1), (2, 1)), 1),
 ]
 
 
 def truth(x, w, stride, padding, dilation):
-    return F.conv2d(signs(x), signs(w), stride=stride, padding=padding, dilation=dilation)
+    x = signs(x)
+    if isinstance(padding, tuple) and isinstance(padding[0], tuple):
+        x, padding = F.pad(x, (*padding[1], *padding[0])), 0
+    return F.conv2d(x, signs(w), stride=stride, padding=padding, dilation=dilation)
 
 
 @pytest.mark.parametrize("last", [False, True])

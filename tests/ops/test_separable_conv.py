@@ -71,6 +71,15 @@ def check(name, problem, inputs, activation=None, last=None):
         testing.check_numerics(ours, want, want, inputs, terms=terms)
 
 
+@pytest.mark.parametrize("name", [name for name, dtype in CASES if dtype == F32])
+def test_padding_before_is_not_padding_after(name):
+    x, depthwise, pointwise = torch.randn(2, 18, 13, 11), torch.randn(18, 1, 3, 3), torch.randn(7, 18, 1, 1) / 8
+    with testing.use(name) as impl:
+        got = separable_conv2d(x, depthwise, pointwise, stride=2, padding=((0, 1), (2, 0)), impl=impl)
+        want = separable_conv2d(F.pad(x, (2, 0, 0, 1)), depthwise, pointwise, stride=2, impl=impl)
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: str(p).replace(" ", ""))
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{str(c[1]).removeprefix('torch.')}")
 def test_matches_convolutions(case, problem):

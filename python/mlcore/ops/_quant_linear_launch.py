@@ -7,17 +7,10 @@ import torch
 from .._registry import kernel
 from ..kernels.quant_linear.quant_linear_prepare import kept
 from ..quant._layout import LAYOUTS, Geometry
+from ._rows import rows_of
 
 _OP = "quant_linear"
 _TILE, _CHUNK = 64, 32  # codes of quant_linear_cuda.cuh
-
-
-def rows(t, cols):
-    """(M, cols), contiguous in its last dimension; a copy only where the strides force one."""
-    if t is None:
-        return None
-    flat = t.reshape(-1, cols) if cols else t.new_empty(t.shape[:-1].numel(), 0)
-    return flat if cols <= 1 or flat.stride(1) == 1 else flat.contiguous()
 
 
 def _fragments(codes, N, K, bits, group_size, shift):
@@ -58,12 +51,12 @@ def cuda_weight(codes, scales, zeros, N, K, bits, offset, group_size):
 def run_fwd(x, codes, scales, zeros, codebook, bias, residual, N, bits, offset, group_size, activation, int8, impl, dtype=None):
     K = x.shape[-1]
     y = x.new_empty(*x.shape[:-1], N, dtype=dtype)
-    flat = rows(x, K)
+    flat = rows_of(x)
     if impl == "cuda":
         codes, scales, zeros, bits, offset = cuda_weight(codes, scales, zeros, N, K, bits, offset, group_size)
     fwd = kernel(_OP, "fwd", impl)
     out = y.view(flat.shape[0], N)
-    fwd(flat, codes, scales, zeros, codebook, bias, rows(residual, N), bits, offset, group_size, activation, int8, out)
+    fwd(flat, codes, scales, zeros, codebook, bias, rows_of(residual), bits, offset, group_size, activation, int8, out)
     return y
 
 

@@ -11,6 +11,7 @@ from .._backend import choose
 from .._registry import autocast, create_graph, direct, graph_gradients, kernel, needs_grad, reference_if_transformed, register
 from ..kernels.binary_conv2d import binary_conv2d_ref as ref
 from ..quant import PackedWeight, pack_codes
+from ._geometry import each, geometry
 from ._signs import (
     FLOATS,
     PackedSigns,
@@ -154,27 +155,6 @@ def _differentiable_gradients(ctx, dy):
         return graph_gradients(ctx.needs_input_grad, (x, bias), (y,), (dy,))
 
 
-def _each(name, value, least):
-    values = (value,) * 2 if isinstance(value, (int, torch.SymInt)) else tuple(value)
-    if len(values) != 2 or any(not isinstance(v, (int, torch.SymInt)) or v < least for v in values):
-        raise ValueError(f"{_OP}: {name} must be an integer >= {least}, or 2 of them; got {value!r}")
-    return values
-
-
-def _padding(value, kernel_size, stride, dilation):
-    """(before, after) along H, then along W."""
-    if value == "valid":
-        return (0, 0, 0, 0)
-    if value == "same":
-        if stride != (1, 1):
-            raise ValueError(f'{_OP}: padding="same" needs stride 1; got {stride}')
-        totals = [(k - 1) * d for k, d in zip(kernel_size, dilation, strict=True)]
-        return tuple(n for t in totals for n in (t // 2, t - t // 2))
-    if isinstance(value, str):
-        raise ValueError(f'{_OP}: padding must be "same", "valid", or numbers; got {value!r}')
-    return tuple(n for p in _each("padding", value, 0) for n in (p, p))
-
-
 #: Weights whose groups were seen to share a scale a row.
 _seen: weakref.WeakSet[PackedWeight] = weakref.WeakSet()
 
@@ -200,15 +180,6 @@ def _check(x, C, *others):
     elif x.dim() != 4 or x.shape[1] != C:
         raise ValueError(f"{_OP}: x must be (B, C, H, W) or (C, H, W) with the weight's C = {C}; got {tuple(x.shape)}")
     check_others(_OP, x, *others)
-
-
-def _checked_numbers(size, kernel_size, stride, padding, dilation):
-    stride, dilation = _each("stride", stride, 1), _each("dilation", dilation, 1)
-    pad = _padding(padding, kernel_size, stride, dilation)
-    for axis, n, k, d in zip("HW", _uncrop(size, pad), kernel_size, dilation, strict=True):
-        if n < (k - 1) * d + 1:
-            raise ValueError(f"{_OP}: the kernel spans {(k - 1) * d + 1} along {axis}, where x with its padding has {n}")
-    return kernel_size, stride, dilation, pad
 
 
 def pack_binary_conv(weight: torch.Tensor, scale: torch.Tensor | None = None) -> PackedWeight:
@@ -266,7 +237,7 @@ def binary_conv2d(
     packed: PackedWeight,
     bias: torch.Tensor | None = None,
     stride: int | Sequence[int] = 1,
-    padding: int | str | Sequence[int] = 0,
+    padding: int | str | Sequence = 0,
     dilation: int | Sequence[int] = 1,
     *,
     kernel_size: int | Sequence[int],
@@ -285,7 +256,7 @@ def binary_conv2d(
         packed: pack_binary_conv(weight), (O, kh * kw * C).
         bias: (O), any floating dtype.
         stride, dilation: an integer or two.
-        padding: an integer, two, "same" (stride 1) or "valid".
+        padding: an integer, two, two pairs (before, after), "same" (stride 1) or "valid".
         kernel_size: an integer or two, the weight's.
         activation_scale: multiply each pixel of y with the mean over its window of mean_c |x|, XNOR-Net's K. PackedSigns bring
             their mean_c |x|.
@@ -308,10 +279,11 @@ def binary_conv2d(
                               activation_scale=activation_scale, estimator=estimator)  # fmt: skip
             return y[0]
         (x,) = autocast(x.device.type, x)
-    kernel_size = _each("kernel_size", kernel_size, 1)
+    kernel_size = each(_OP, "kernel_size", kernel_size, 2, 1)
     C = _check_weight(packed, kernel_size)
     _check(x, C, packed, bias, activation_scale, estimator, packed_output, dtype)
-    numbers = _checked_numbers(x.words.shape[1:3] if given else x.shape[2:], kernel_size, stride, padding, dilation)
+    size = x.words.shape[1:3] if given else x.shape[2:]
+    numbers = (kernel_size, *geometry(_OP, size, kernel_size, stride, padding, dilation))
     recorded = needs_grad(None if given else x, bias)
     if packed_output and recorded:
         raise ValueError(f"{_OP}: packed_output has no gradient; call it under torch.no_grad()")

@@ -8,6 +8,7 @@ from .._backend import choose
 from .._registry import autocast, create_graph, direct, graph_gradients, kernel, needs_grad, reference_if_transformed, register
 from ..kernels.binary_linear import binary_linear_ref as ref
 from ..quant import PackedWeight
+from ._rows import rows_of
 from ._signs import (
     FLOATS,
     PackedSigns,
@@ -24,16 +25,9 @@ from ._straight_through import ESTIMATORS, binarize
 _OP = "binary_linear"
 
 
-def _rows(x):
-    """(M, K), contiguous in K; a copy only where the strides force one."""
-    K = x.shape[-1]
-    rows = x.reshape(-1, K) if K else x.new_empty(x.shape[:-1].numel(), 0)
-    return rows if K <= 1 or rows.stride(1) == 1 else rows.contiguous()
-
-
 def _run_pack(x, scaled, impl):
     words, scale = new_words(x, x.shape[:-1], x.shape[-1], scaled)
-    rows = _rows(x)
+    rows = rows_of(x)
     flat = None if scale is None else scale.view(-1)
     kernel(_OP, "pack", impl)(rows, words.view(rows.shape[0], words.shape[-1]), flat)
     return words, scale

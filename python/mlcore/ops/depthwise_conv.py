@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from .._backend import choose
 from .._registry import autocast, create_graph, direct, graph_gradients, kernel, needs_grad, reference_if_transformed, register
 from ..kernels.depthwise_conv import depthwise_conv_ref
+from ._geometry import geometry
 
 _OP = "depthwise_conv"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -153,38 +154,8 @@ def _differentiable_gradients(ctx, dy):
         return graph_gradients(ctx.needs_input_grad, tensors, (out,), (dy,))
 
 
-def _each(op, name, value, dims, least):
-    """`value` as one integer a dimension."""
-    values = (value,) * dims if isinstance(value, (int, torch.SymInt)) else tuple(value)
-    if len(values) == 1:
-        values *= dims
-    if len(values) != dims or any(not isinstance(v, (int, torch.SymInt)) or v < least for v in values):
-        raise ValueError(f"{op}: {name} must be an integer >= {least}, or {dims} of them; got {value!r}")
-    return values
-
-
-def _padding(op, value, kernel_size, stride, dilation):
-    """(before, after) of each dimension."""
-    dims = len(kernel_size)
-    if value == "valid":
-        return [(0, 0)] * dims
-    if value == "same":
-        if any(s != 1 for s in stride):
-            raise ValueError(f'{op}: padding="same" needs stride 1; got {tuple(stride)}')
-        totals = [(k - 1) * d for k, d in zip(kernel_size, dilation, strict=True)]
-        return [(t // 2, t - t // 2) for t in totals]
-    if isinstance(value, str):
-        raise ValueError(f'{op}: padding must be "same", "valid", or numbers; got {value!r}')
-    if not isinstance(value, int) and any(isinstance(v, Sequence) for v in value):
-        pairs = [_each(op, "padding", v, 2, 0) for v in value]
-        if len(pairs) != dims:
-            raise ValueError(f"{op}: padding must have {dims} pairs (before, after); got {value!r}")
-        return pairs
-    return [(p, p) for p in _each(op, "padding", value, dims, 0)]
-
-
 def _checked(dims, x, weight, bias, stride, padding, dilation, padding_mode):
-    """stride, dilation and (before, after) a dimension, after every argument was checked."""
+    """What geometry() gives, after every argument was checked."""
     op, axes = f"depthwise_conv{dims}d", "DHW"[3 - dims :] if dims > 1 else "L"
     C = x.shape[1]
     if x.dtype not in _FLOATS:
@@ -203,14 +174,7 @@ def _checked(dims, x, weight, bias, stride, padding, dilation, padding_mode):
             )
     if padding_mode not in _MODES:
         raise ValueError(f"{op}: padding_mode must be one of {', '.join(_MODES)}; got {padding_mode!r}")
-    stride, dilation = _each(op, "stride", stride, dims, 1), _each(op, "dilation", dilation, dims, 1)
-    pairs = _padding(op, padding, weight.shape[2:], stride, dilation)
-    for axis, n, k, d, (before, after) in zip(axes, x.shape[2:], weight.shape[2:], dilation, pairs, strict=True):
-        if n + before + after < (k - 1) * d + 1:
-            raise ValueError(
-                f"{op}: the kernel spans {(k - 1) * d + 1} along {axis}, where x with its padding has {n + before + after}"
-            )
-    return stride, dilation, pairs
+    return geometry(op, x.shape[2:], weight.shape[2:], stride, padding, dilation)
 
 
 #: Calls of depthwise_conv2d that passed every check -> what kernels take of their numbers: strides, dilations, paddings.
@@ -246,15 +210,15 @@ def _depthwise_conv(dims, x, weight, bias, stride, padding, dilation, padding_mo
         axes = "DHW"[3 - dims :] if dims > 1 else "L"
         raise ValueError(f"{op}: x must be (N, C, {', '.join(axes)}); got shape {tuple(x.shape)}")
     x, weight, bias = autocast(x.device.type, x, weight, bias)
-    stride, dilation, pairs = _checked(dims, x, weight, bias, stride, padding, dilation, padding_mode)
+    stride, dilation, pad = _checked(dims, x, weight, bias, stride, padding, dilation, padding_mode)
     if padding_mode != "zeros":  # torch's own padding, a copy
-        x = F.pad(x, [n for pair in reversed(pairs) for n in pair], mode=padding_mode)
-        pairs = [(0, 0)] * dims
+        x = F.pad(x, [n for i in reversed(range(dims)) for n in pad[2 * i : 2 * i + 2]], mode=padding_mode)
+        pad = (0,) * (2 * dims)
     backend = choose(_OP, reference_if_transformed(op, impl), x)
     absent = 3 - dims
     ones = (1,) * absent
     stride, dilation = (*ones, *stride), (*ones, *dilation)
-    pad = (0,) * (2 * absent) + tuple(n for pair in pairs for n in pair)
+    pad = (0,) * (2 * absent) + pad
     if dims == 1:
         x = x.unsqueeze(2)
         weight = weight.unsqueeze(2)

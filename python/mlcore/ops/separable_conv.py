@@ -4,6 +4,7 @@ kernels/separable_conv/separable_conv.h, what torch is told of them in _separabl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from .._backend import choose
 from .._registry import autocast, kernel, needs_grad, reference_if_transformed
 from ..kernels.separable_conv import separable_conv_ref as ref
 from . import _separable as op
+from ._geometry import geometry
 from ._separable import OP, PLAIN
 
 
@@ -29,29 +31,9 @@ class BatchNorm(NamedTuple):
     eps: float = 1e-5
 
 
-def _pair(name, value, least):
-    values = (value, value) if isinstance(value, (int, torch.SymInt)) else tuple(value)
-    if len(values) != 2 or any(not isinstance(v, (int, torch.SymInt)) or v < least for v in values):
-        raise ValueError(f"separable_conv2d: {name} must be an integer >= {least}, or 2 of them; got {value!r}")
-    return values
-
-
-def _numbers(x, depthwise_weight, stride, padding, dilation):
-    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-    size = (1, 1) if depthwise_weight is None else depthwise_weight.shape[2:]
-    if padding == "same" and stride != (1, 1):
-        raise ValueError(f'separable_conv2d: padding="same" needs stride 1; got {stride}')
-    if isinstance(padding, str) and padding not in ("same", "valid"):
-        raise ValueError(f'separable_conv2d: padding must be "same", "valid", or numbers; got {padding!r}')
-    if padding == "same":
-        totals = [(k - 1) * d for k, d in zip(size, dilation, strict=True)]
-        pad = [n for t in totals for n in (t // 2, t - t // 2)]
-    else:
-        pad = [n for p in _pair("padding", 0 if padding == "valid" else padding, 0) for n in (p, p)]
-    for i, axis in enumerate("HW"):
-        span, have = (size[i] - 1) * dilation[i] + 1, x.shape[2 + i] + pad[2 * i] + pad[2 * i + 1]
-        if have < span:
-            raise ValueError(f"separable_conv2d: the kernel spans {span} along {axis}, where x with its padding has {have}")
+def _numbers(function, x, kernel_size, stride, padding, dilation):
+    """stride, dilation and padding (before, after) along H and W, in a row."""
+    stride, dilation, pad = geometry(function, x.shape[2:], kernel_size, stride, padding, dilation)
     return (*stride, *dilation, *pad)
 
 
@@ -191,7 +173,7 @@ def separable_conv2d(
     depthwise_bias: torch.Tensor | None = None,
     pointwise_bias: torch.Tensor | None = None,
     stride: int | tuple[int, int] = 1,
-    padding: int | str | tuple[int, int] = 0,
+    padding: int | str | Sequence = 0,
     dilation: int | tuple[int, int] = 1,
     *,
     norm: BatchNorm | None = None,
@@ -212,7 +194,7 @@ def separable_conv2d(
         pointwise_weight: (J, C * multiplier, 1, 1). It is packed in every call; PackedSeparable does so once.
         depthwise_bias, pointwise_bias: (C * multiplier), (J). A training norm behind them cancels them: they move running_mean
             and get no gradient.
-        stride, padding, dilation: as depthwise_conv2d has them, zeros outside; padding may be "same" (stride 1) or "valid".
+        stride, padding, dilation: as depthwise_conv2d has them, zeros outside.
         norm, pointwise_norm: a BatchNorm behind each convolution; with training=True it takes the batch's moments.
         activation, pointwise_activation: None, "relu", "relu6" or "silu".
         residual: (N, J, Ho, Wo), added last.
@@ -227,7 +209,8 @@ def separable_conv2d(
     x, depthwise_weight, pointwise_weight, residual = autocast(x.device.type, x, depthwise_weight, pointwise_weight, residual)
     name, shape, last = "separable_conv2d", tuple(pointwise_weight.shape), pointwise_norm
     _check(x, depthwise_weight, shape, depthwise_bias, pointwise_bias, (norm, last), residual)
-    numbers = _numbers(x, depthwise_weight, stride, padding, dilation)
+    size = (1, 1) if depthwise_weight is None else depthwise_weight.shape[2:]
+    numbers = _numbers(name, x, size, stride, padding, dilation)
     f, g = (_code(name, n, a) for n, a in (("activation", activation), ("pointwise_activation", pointwise_activation)))
     backend = choose(OP, reference_if_transformed(name, impl), x)
     depthwise = None if depthwise_weight is None else depthwise_weight.squeeze(1)
@@ -274,8 +257,8 @@ def _finish(z, bias, g, residual):
 class _PackedProduct:
     """Weights of a product in the kernel's blocks, with the norm behind it folded in, and its epilogue."""
 
-    def __init__(self, matrix, bias, norm, activation) -> None:
-        if norm is not None and norm.training:
+    def __init__(self, matrix, bias, norm, activation, norm_before=None) -> None:
+        if any(n is not None and n.training for n in (norm, norm_before)):
             raise ValueError(f"{type(self).__name__}: norms must have fixed moments; got training=True")
         with torch.no_grad():
             scale, bias = _fold(norm, bias)
@@ -283,6 +266,14 @@ class _PackedProduct:
             self._bias = op.wide(bias)
         self._kernel, self._geometries = kernel(OP, "fwd", "cpu"), {}
         self._channels, self._g = matrix.shape[0], activation
+
+    def _geometry(self, x):
+        found = self._geometries.get(x.shape)
+        if found is None:
+            if len(self._geometries) >= 1024:
+                self._geometries.clear()
+            found = self._geometries[x.shape] = self._of(x)
+        return found
 
     def _refuse_gradients(self, *tensors):
         if needs_grad(*tensors):
@@ -308,7 +299,7 @@ class PackedConv(_PackedProduct):
         weight: torch.Tensor,
         bias: torch.Tensor | None = None,
         stride: int | tuple[int, int] = 1,
-        padding: int | str | tuple[int, int] = 0,
+        padding: int | str | Sequence = 0,
         dilation: int | tuple[int, int] = 1,
         *,
         norm: BatchNorm | None = None,
@@ -316,20 +307,22 @@ class PackedConv(_PackedProduct):
     ) -> None:
         matrix = weight.detach().permute(0, 2, 3, 1).reshape(weight.shape[0], -1).float()
         super().__init__(matrix, bias, norm, _code("PackedConv", "activation", activation))
-        self._of, self._words = weight[:1, :1], (stride, padding, dilation)
+        self._filter, self._words = weight[0, :1], (stride, padding, dilation)
         self._in_channels = weight.shape[1]
+
+    def _of(self, x):
+        if x.dim() != 4 or x.shape[1] != self._in_channels:
+            raise ValueError(f"PackedConv: x must be (N, {self._in_channels}, H, W); got {tuple(x.shape)}")
+        kernel_size = self._filter.shape[1:]
+        numbers = _numbers("PackedConv", x, kernel_size, *self._words)
+        size = (x.shape[0], self._channels, *op.hidden_size(x, self._filter, numbers))
+        return (*op.geometry(numbers), *kernel_size), size
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         self._refuse_gradients(x)
-        found = self._geometries.get(x.shape)
-        if found is None:
-            if x.dim() != 4 or x.shape[1] != self._in_channels:
-                raise ValueError(f"PackedConv: x must be (N, {self._in_channels}, H, W); got {tuple(x.shape)}")
-            numbers = _numbers(x, self._of, *self._words)
-            size = (x.shape[0], self._channels, *op.hidden_size(x, self._of[0], numbers))
-            found = self._geometries[x.shape] = (*op.geometry(numbers), *self._of.shape[2:]), size
-        y = torch.empty(found[1], dtype=x.dtype, memory_format=torch.channels_last)
-        self._kernel(x, None, None, None, self._blocks, self._bias, None, *found[0], 0, self._g, y, None, None)
+        geometry, size = self._geometry(x)
+        y = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+        self._kernel(x, None, None, None, self._blocks, self._bias, None, *geometry, 0, self._g, y, None, None)
         return y
 
 
@@ -349,7 +342,7 @@ class PackedSeparable(_PackedProduct):
         depthwise_bias: torch.Tensor | None = None,
         pointwise_bias: torch.Tensor | None = None,
         stride: int | tuple[int, int] = 1,
-        padding: int | str | tuple[int, int] = 0,
+        padding: int | str | Sequence = 0,
         dilation: int | tuple[int, int] = 1,
         *,
         norm: BatchNorm | None = None,
@@ -357,12 +350,9 @@ class PackedSeparable(_PackedProduct):
         activation: str | None = None,
         pointwise_activation: str | None = None,
     ) -> None:
-        if norm is not None and norm.training:
-            raise ValueError("PackedSeparable: norms must have fixed moments; got training=True")
         matrix = pointwise_weight.detach().reshape(pointwise_weight.shape[:2]).float()
-        super().__init__(
-            matrix, pointwise_bias, pointwise_norm, _code("PackedSeparable", "pointwise_activation", pointwise_activation)
-        )
+        last = _code("PackedSeparable", "pointwise_activation", pointwise_activation)
+        super().__init__(matrix, pointwise_bias, pointwise_norm, last, norm)
         with torch.no_grad():
             self._scale, self._shift = (op.wide(t) for t in _fold(norm, depthwise_bias))
             self._depthwise = None
@@ -373,17 +363,14 @@ class PackedSeparable(_PackedProduct):
         self._hidden, self._words = pointwise_weight.shape[1], (stride, padding, dilation)
         self._f = _code("PackedSeparable", "activation", activation)
 
-    def _geometry(self, x):
-        found = self._geometries.get(x.shape)
-        if found is None:
-            multiplier = self._hidden // max(x.shape[1], 1)
-            if x.dim() != 4 or multiplier * x.shape[1] != self._hidden or (multiplier != 1 and self._depthwise is None):
-                raise ValueError(f"separable_conv2d: x must be (N, C, H, W) with C of the weights; got {tuple(x.shape)}")
-            weight = None if self._depthwise is None else self._depthwise.unsqueeze(1)
-            numbers = _numbers(x, weight, *self._words)
-            size = (x.shape[0], self._channels, *op.hidden_size(x, self._depthwise, numbers))
-            found = self._geometries[x.shape] = multiplier, op.geometry(numbers), size
-        return found
+    def _of(self, x):
+        multiplier = self._hidden // max(x.shape[1], 1)
+        if x.dim() != 4 or multiplier * x.shape[1] != self._hidden or (multiplier != 1 and self._depthwise is None):
+            raise ValueError(f"separable_conv2d: x must be (N, C, H, W) with C of the weights; got {tuple(x.shape)}")
+        kernel_size = (1, 1) if self._depthwise is None else self._depthwise.shape[1:]
+        numbers = _numbers("PackedSeparable", x, kernel_size, *self._words)
+        size = (x.shape[0], self._channels, *op.hidden_size(x, self._depthwise, numbers))
+        return multiplier, op.geometry(numbers), size
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         self._refuse_gradients(x, residual)
