@@ -17,7 +17,11 @@ struct SignPanels {
   // groups of `terms` signs along K, each padded to whole words.
   SignPanels(const char* op, const DLTensor* codes_, const DLTensor* scales_, const DLTensor* bias_, int64_t N, int64_t groups,
              int64_t terms)
-      : N(N), panels((N + 15) / 16), words(groups * ((terms + 31) / 32)), panel_bytes(words * 64), popcount(has(Extension::vpopcntdq)) {
+      : N(N),
+        panels((N + 15) / 16),
+        words(groups * ((terms + 31) / 32)),
+        panel_bytes(words * 64),
+        popcount(has(Extension::vpopcntdq)) {
     const Tensor codes_view(codes_, op, "codes"), scales_view(scales_, op, "scales"), bias_view(bias_, op, "bias");
     require(N >= 0 && terms >= 0 && groups >= 0, op, ": sizes must be at least 0; got N = ", N, ", ", groups, " groups of ",
             terms);
