@@ -97,7 +97,7 @@ struct Pixels {
     const int64_t strip = kernels.strip(p, backward), channels = backward ? p.C : p.channels_out();
     const int64_t strips = p.N * out.size[0] * ((out.size[1] + strip - 1) / strip);
     const int64_t work = std::max<int64_t>(out.size[2] * strip * p.taps, 1);
-    const int64_t group = strips >= 16 ? channels : std::min<int64_t>(channels, 256);
+    const int64_t group = strips >= 16 ? channels : std::min(channels, std::max<int64_t>(channels * strips / 16 / 64, 1) * 64);
     const int64_t groups = (channels + group - 1) / group;
     const int64_t block = std::clamp<int64_t>(kGrain / (work * group), 1, std::max<int64_t>(strips, 1));
     const int64_t blocks = (strips + block - 1) / block;

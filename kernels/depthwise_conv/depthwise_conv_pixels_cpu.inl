@@ -35,19 +35,28 @@ Reach reach_of(const DepthwiseConv& p, bool backward, int d, int64_t o) {
   return {n, last, -every, (at - last * gap) / s, every * gap / s};
 }
 
-// Rows that stand this far apart read the same lines but one, moved by one tap: a strip is two times as many.
-int64_t line_distance(const DepthwiseConv& p, bool backward) {
-  const int64_t s = p.stride[1], d = p.dilation[1];
-  if (backward) return s / common_divisor(s, d) * d;
-  return d % s == 0 ? d / s : 0;
+// Rows that share lines: `distance` apart, each reads its lines `lines` further than the one before. A strip is kRows of them
+// beside each other.
+constexpr int64_t kRows = 4;
+struct SharedRows {
+  int64_t distance, lines, count;
+
+  SharedRows(const DepthwiseConv& p, bool backward) {
+    const int64_t s = p.stride[1], d = p.dilation[1], both = common_divisor(s, d);
+    distance = backward ? s / both * d : d / both, lines = backward ? 1 : s / both;
+    count = lines < p.K[1] && p.M == 1 ? kRows : 1;
+  }
+};
+int64_t strip_of(const DepthwiseConv& p, bool backward) {
+  const SharedRows rows(p, backward);
+  return rows.distance * rows.count;
 }
-int64_t strip_of(const DepthwiseConv& p, bool backward) { return max<int64_t>(2 * line_distance(p, backward), 1); }
 
 int64_t table_width(const DepthwiseConv& p) {  // pointers that a line of the table may have, with slack for whole tiles
   const int64_t forward = (max<int64_t>(p.results().size[2], 1) - 1) * p.stride[2] + (p.K[2] - 1) * p.dilation[2] + 1;
   return max(forward, p.x.size[2] + p.K[2]) + kPixels * p.stride[2];
 }
-int64_t table_lines(const DepthwiseConv& p) { return p.K[0] * (p.K[1] + 1); }
+int64_t table_lines(const DepthwiseConv& p) { return p.K[0] * (p.K[1] + (kRows - 1) * min(p.stride[1], p.K[1])); }
 int64_t scratch_floats(const DepthwiseConv& p) { return 2 * round_up<int64_t>(table_lines(p) * table_width(p), 16); }
 
 // Shared: weights (M, taps, C) for dx with several filters a channel, else (taps, C*M); the pixel of zeros.
@@ -73,16 +82,17 @@ T* line_of(const Volume& v, int64_t n, int64_t d, int64_t h) {
   return static_cast<T*>(v.data) + n * v.n + d * v.s[0] + h * v.s[1];
 }
 
-// The lines of `in` that the results of a row (and with R = 2 the row that reads one line further) reach: `count` pixels from
-// column `first`, `gap` apart.
+// `lines` lines of `in` from the first that a row of results reaches: `count` pixels from column `first`, `gap` apart. Lines
+// outside are `outside` all along.
 template <class T>
 void fill_table(const Volume& in, int64_t n, const Reach& rd, const Reach& rh, int64_t lines, int64_t first, int64_t gap,
-                int64_t count, int64_t ld, const T* zeros, const T** out) {
+                int64_t count, int64_t ld, const T* zeros, const T* outside, const T** out) {
   for (int64_t d = 0; d < rd.taps; ++d)
     for (int64_t l = 0; l < lines; ++l, out += ld) {
       const int64_t z = rd.first + d * rd.gap, y = rh.first + l * rh.gap;
       const bool inside = z >= 0 && z < in.size[0] && y >= 0 && y < in.size[1];
-      point_to_pixels(inside ? line_of<const T>(in, n, z, y) : nullptr, in.s[2], in.size[2], first, gap, count, zeros, out);
+      const T* line = inside ? line_of<const T>(in, n, z, y) : nullptr;
+      point_to_pixels(line, in.s[2], in.size[2], first, gap, count, inside ? zeros : outside, out);
     }
 }
 
@@ -99,7 +109,7 @@ void sum_many(const DepthwiseConv& p, bool backward, const PixelTaps& taps, cons
       const T* const* line = table;
       for (int64_t d = 0; d < taps.depth; ++d)
         for (int64_t l = 0; l < taps.lines; ++l, line += taps.ld)
-          for (int64_t t = 0; t < taps.taps; ++t) {
+          for (int64_t t = 0; t < taps.taps && line[0]; ++t) {
             float x[kW] = {};
             for (int i = 0; i < lanes; ++i) x[i] = to_float(line[t][backward ? (c + j + i) * p.M + m : (c + j + i) / p.M]);
             const float* w = weight + m * p.taps * p.C + d * taps.by_depth + l * taps.by_line + t * taps.by_tap + j;
@@ -110,10 +120,10 @@ void sum_many(const DepthwiseConv& p, bool backward, const PixelTaps& taps, cons
   });
 }
 
-// The rows h and, with R = 2, h + distance of plane (n, d).
-template <int R, class T>
-void sum_rows(const DepthwiseConv& p, bool backward, int64_t n, int64_t d, int64_t h, int64_t distance, int64_t c,
-              int64_t channels, const float* shared, const T** table) {
+// The `rows` rows h, h + distance, ... of plane (n, d), which share lines.
+template <class T>
+void sum_rows(const DepthwiseConv& p, bool backward, int64_t n, int64_t d, int64_t h, const SharedRows& near, int64_t rows,
+              int64_t c, int64_t channels, const float* shared, const T** table) {
   const Volume &in = backward ? p.dy : p.x, &out = backward ? p.dx : p.y;
   const int64_t Cw = backward ? p.C : p.channels_out();
   const Reach rd = reach_of(p, backward, 0, d), rh = reach_of(p, backward, 1, h);
@@ -130,22 +140,21 @@ void sum_rows(const DepthwiseConv& p, bool backward, int64_t n, int64_t d, int64
                    rh.weight_step * p.K[2] * Cw,
                    rw.weight_step * Cw,
                    table_width(p),
-                   apart * step / rw.gap};
+                   apart * step / rw.gap,
+                   near.lines};
     const float* weight = shared + ((rd.weight * p.K[1] + rh.weight) * p.K[2] + rw.weight) * Cw + c;
     for (int64_t v = 0; v < min(apart, results); ++v) {
-      const int64_t count = ceil_div(results - v, apart);
-      fill_table<T>(in, n, rd, rh, rh.taps + R - 1, rw.first + v * step, rw.gap, (count - 1) * taps.step + rw.taps, taps.ld,
-                    reinterpret_cast<const T*>(zeros_of(p, shared)), table);
+      const int64_t count = ceil_div(results - v, apart), lines = rh.taps > 0 ? rh.taps + (rows - 1) * near.lines : 0;
+      fill_table<T>(in, n, rd, rh, lines, rw.first + v * step, rw.gap, (count - 1) * taps.step + rw.taps, taps.ld,
+                    reinterpret_cast<const T*>(zeros_of(p, shared)), nullptr, table);
       const int64_t by = out.s[2] * groups * apart;
-      T* to[R];
-      for (int r = 0; r < R; ++r) to[r] = line_of<T>(out, n, d, h + r * distance) + (q + v * groups) * out.s[2];
+      T* to = line_of<T>(out, n, d, h) + (q + v * groups) * out.s[2];
       if (p.M == 1) {
-        for (int r = 0; r < R; ++r) to[r] += c;
         const float* bias = !backward && p.bias ? p.bias + c : nullptr;
-        sum_pixels<R, T, T>(taps, count, table, c, channels, weight, bias, to, by);
-      } else if constexpr (R == 1) {
+        sum_pixels<T, T>(taps, rows, count, table, c, channels, weight, bias, to + c, by, near.distance * out.s[1]);
+      } else {
         for (int64_t i = 0; i < count; ++i)
-          sum_many<T>(p, backward, taps, table + i * taps.step, c, channels, weight, to[0] + i * by);
+          sum_many<T>(p, backward, taps, table + i * taps.step, c, channels, weight, to + i * by);
       }
     }
   }
@@ -155,22 +164,14 @@ template <class T>
 void rows_of(const DepthwiseConv& p, bool backward, int64_t begin, int64_t end, int64_t c, int64_t channels,
              const float* shared, float* scratch) {
   const Volume& out = backward ? p.dx : p.y;
-  const int64_t strip = strip_of(p, backward), strips = ceil_div(out.size[1], strip), distance = line_distance(p, backward);
-  constexpr bool kPairs = kTiles && sizeof(T) == 4;  // of 16 bits, tiles of two rows gain less and take as long to compile
-  const bool pairs = kPairs && p.M == 1 && distance > 0 && (backward || p.dilation[2] % p.stride[2] == 0);
+  const SharedRows near(p, backward);
+  const int64_t strip = near.distance * near.count, strips = ceil_div(out.size[1], strip);
   const T** table = reinterpret_cast<const T**>(scratch);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t h0 = i % strips * strip, d = i / strips % out.size[0], n = i / strips / out.size[0];
-    const int64_t last = min(h0 + strip, out.size[1]), half = pairs ? distance : strip;
-    for (int64_t h = h0; h < min(h0 + half, last); ++h) {
-      if constexpr (kPairs) {
-        if (pairs && h + distance < last) {
-          sum_rows<2, T>(p, backward, n, d, h, distance, c, channels, shared, table);
-          continue;
-        }
-      }
-      sum_rows<1, T>(p, backward, n, d, h, 0, c, channels, shared, table);
-    }
+    const int64_t last = min(h0 + strip, out.size[1]);
+    for (int64_t h = h0; h < min(h0 + near.distance, last); ++h)
+      sum_rows<T>(p, backward, n, d, h, near, ceil_div(last - h, near.distance), c, channels, shared, table);
   }
 }
 
@@ -265,7 +266,7 @@ void dweight_of(const DepthwiseConv& p, int64_t block, int64_t c, int64_t channe
     for (int64_t v = 0; v < min(apart, Wo); ++v) {
       const int64_t count = ceil_div(Wo - v, apart), by = apart * p.dy.s[2];
       fill_table<T>(p.x, n, rd, rh, rh.taps, rw.first + v * p.stride[2], rw.gap,
-                    (round_up<int64_t>(count, kPixels) - 1) * taps.step + rw.taps, taps.ld, zeros, table);
+                    (round_up<int64_t>(count, kPixels) - 1) * taps.step + rw.taps, taps.ld, zeros, zeros, table);
       for (int64_t i = 0; i < count; i += kPixels) {
         const int pixels = static_cast<int>(min<int64_t>(kPixels, count - i));
         const T* from = dy + v * p.dy.s[2] + i * by;

@@ -95,15 +95,10 @@ void make_hidden(const SeparableConv& p, int64_t rows, int64_t c, int64_t channe
   for (int64_t r = 0; r < rows; r += pair) {
     const T* const* from = reinterpret_cast<const T* const*>(table + r * size);
     float* row = h + r * p.Wo * kLd;
-    if constexpr (kTiles && sizeof(T) == 4) {
-      if (pair == 2 && r + 1 < rows) {
-        sum_pixels<2, T, float>(taps, p.Wo, from, c, channels, weight, start, {row, row + p.Wo * kLd}, kLd);
-        continue;
-      }
-    }
     for (int64_t v = 0, at = 0; v < min(columns.apart, p.Wo); ++v) {
       const int64_t count = ceil_div(p.Wo - v, columns.apart);
-      sum_pixels<1, T, float>(taps, count, from + at, c, channels, weight, start, {row + v * kLd}, columns.apart * kLd);
+      sum_pixels<T, float>(taps, min(pair, rows - r), count, from + at, c, channels, weight, start, row + v * kLd,
+                           columns.apart * kLd, p.Wo * kLd);
       at += (count - 1) * columns.step + p.K[1];
     }
   }

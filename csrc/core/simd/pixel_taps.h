@@ -1,8 +1,9 @@
 // Weighted sums of pixels, where the channels of a pixel are contiguous: the microkernels of depthwise convolutions.
-//   out[r][i][c] = start[c] + sum over taps (d, l, t) of weight[d,l,t][c] * pixel(d, l + r, i * S + t)[c]
-// Pixels are found through a table of pointers, (depth, lines + R - 1, ld): padding is a pointer to zeros, and strides and
-// dilations are the table's alone. A loaded pixel serves every tap and result of the tile that it meets.
-// Each result is one chain of fused multiply-adds in the order of the taps: bits don't depend on the tile.
+//   out[r][i][c] = start[c] + sum over taps (d, l, t) of weight[d,l,t][c] * pixel(d, r * Q + l, i * S + t)[c]
+// Pixels are found through a table of pointers, (depth, lines + (rows - 1) * Q, ld): padding is a pointer to zeros, or null in
+// a line of which nothing exists, and strides and dilations are the table's alone. A loaded pixel serves every tap and result
+// of the tile that it meets. Each result is one chain of fused multiply-adds in the order of the taps: bits don't depend on the
+// tile.
 #pragma once
 #include "core/simd/rows.h"
 
@@ -15,10 +16,14 @@ struct PixelTaps {
   int64_t by_depth, by_line, by_tap;  // steps of the weights, in floats; negative where the kernel is reversed
   int64_t ld;                         // pointers a line of the table
   int64_t step;                       // pixels between neighbouring results, in the table
+  int64_t by_row = 1;                 // lines between neighbouring rows of results, in the table
 };
 
 // The scalar level has the smallest tile alone: unrolled vectors of plain C++ take a minute to compile.
 constexpr bool kTiles = Vec::W >= 8;
+// Results a tile of a kernel whose size is known: as many as registers leave room for beside a line of seven weights. Maps of
+// images have 7 * 2^n columns.
+constexpr int kWide = Vec::W == 16 ? 14 : 7;
 
 // Calls f(t, K) for runs of K = 7, 5, 3, 2 or 1 of n neighbouring taps, K a compile-time constant.
 template <int K>
@@ -43,11 +48,11 @@ MLC_INLINE void for_runs(int64_t n, F&& f) {
   }
 }
 
-// A tile of R lines by P results by V vectors of channels, of which n lanes where not kAll (V is 1 then). S is the step where
-// neighbours share pixels (1 or 2), or 0: any step, every tap loads its own.
-template <class T, int R, int P, int V, int S, bool kAll>
+// A tile of P results by one vector of channels, of which n lanes where not kAll. K is the number of taps a line, or 0: any. S
+// is the step where neighbours share pixels (1 or 2), or 0: any step, every tap loads its own.
+template <class T, int P, int K, int S, bool kAll>
 struct PixelTile {
-  Vec acc[R][P][V];
+  Vec acc[P];
   int lanes;
 
   template <class U>
@@ -56,137 +61,134 @@ struct PixelTile {
     return load_some(p, lanes);
   }
 
-  // One line of pixels for the lines [kFirst, kLast) of results; weight is the line's for result line 0, back floats further
-  // the one for line 1.
-  template <int kFirst, int kLast>
-  MLC_INLINE void add_line(const PixelTaps& p, const T* const* line, int64_t c, const float* weight, int64_t back) {
-    for_runs(p.taps, [&](int64_t t, auto run) __attribute__((always_inline)) {
-      constexpr int K = decltype(run)::kTaps;
-      Vec w[R][K][V];
-#pragma GCC unroll 2
-      for (int r = kFirst; r < kLast; ++r)
+  // kRun taps of a line of pixels from column t on.
+  template <int kRun>
+  MLC_INLINE void add_run(const PixelTaps& p, const T* const* line, int64_t t, int64_t c, const float* weight) {
+    Vec w[kRun];
 #pragma GCC unroll 7
-        for (int k = 0; k < K; ++k)
-#pragma GCC unroll 2
-          for (int v = 0; v < V; ++v) w[r][k][v] = load(weight - r * back + (t + k) * p.by_tap + v * Vec::W);
-      if constexpr (S == 0) {
-#pragma GCC unroll 8
-        for (int i = 0; i < P; ++i)
-#pragma GCC unroll 7
-          for (int k = 0; k < K; ++k)
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) {
-              const Vec x = load(line[i * p.step + t + k] + c + v * Vec::W);
-#pragma GCC unroll 2
-              for (int r = kFirst; r < kLast; ++r) acc[r][i][v] = fma(w[r][k][v], x, acc[r][i][v]);
-            }
-      } else {
-#pragma GCC unroll 16
-        for (int j = 0; j < (P - 1) * S + K; ++j) {
-          const T* pixel = line[t + j] + c;
-#pragma GCC unroll 2
-          for (int v = 0; v < V; ++v) {
-            const Vec x = load(pixel + v * Vec::W);
-#pragma GCC unroll 8
-            for (int i = 0; i < P; ++i)
-#pragma GCC unroll 2
-              for (int r = kFirst; r < kLast; ++r)
-                if (j - i * S >= 0 && j - i * S < K) acc[r][i][v] = fma(w[r][j - i * S][v], x, acc[r][i][v]);
-          }
-        }
-      }
-    });
-  }
-
-  // table points to the first pixel of the tile; weight and start to channel 0 of this tile, c is its channel of the pixels.
-  MLC_INLINE void sum(const PixelTaps& p, const T* const* table, int64_t c, const float* weight, const float* start) {
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      const Vec first = start ? load(start + v * Vec::W) : Vec::zero();
-#pragma GCC unroll 2
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int i = 0; i < P; ++i) acc[r][i][v] = first;
-    }
-    for (int64_t d = 0; d < p.depth; ++d, weight += p.by_depth) {
-      const float* w = weight;
-      if constexpr (R == 1) {
-        for (int64_t l = 0; l < p.lines; ++l, table += p.ld, w += p.by_line) add_line<0, 1>(p, table, c, w, 0);
-      } else if (p.lines > 0) {
-        add_line<0, 1>(p, table, c, w, 0), table += p.ld, w += p.by_line;
-        for (int64_t l = 1; l < p.lines; ++l, table += p.ld, w += p.by_line) add_line<0, 2>(p, table, c, w, p.by_line);
-        add_line<1, 2>(p, table, c, w, p.by_line), table += p.ld;
-      }
-    }
-  }
-
-  // Result i of line r at out[r] + i * by + v * W.
-  template <class U>
-  MLC_INLINE void store(U* const* out, int64_t by) const {
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r)
+    for (int k = 0; k < kRun; ++k) w[k] = load(weight + (t + k) * p.by_tap);
+    if constexpr (S == 0) {
 #pragma GCC unroll 8
       for (int i = 0; i < P; ++i)
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) {
-          U* to = out[r] + i * by + v * Vec::W;
-          if constexpr (kAll) acc[r][i][v].store(to);
-          if constexpr (!kAll) store_some(to, acc[r][i][v], lanes);
+#pragma GCC unroll 7
+        for (int k = 0; k < kRun; ++k) acc[i] = fma(w[k], load(line[i * p.step + t + k] + c), acc[i]);
+    } else {
+#pragma GCC unroll 40
+      for (int j = 0; j < (P - 1) * S + kRun; ++j) {
+        const Vec x = load(line[t + j] + c);
+#pragma GCC unroll 16
+        for (int i = 0; i < P; ++i)
+          if (j - i * S >= 0 && j - i * S < kRun) acc[i] = fma(w[j - i * S], x, acc[i]);
+      }
+    }
+  }
+
+  // table points to the first pixel of the tile, planes of it are `plane` pointers apart; weight and start to channel 0 of this
+  // tile, c is its channel of the pixels.
+  MLC_INLINE void sum(const PixelTaps& p, int64_t plane, const T* const* table, int64_t c, const float* weight,
+                      const float* start) {
+    const Vec first = start ? load(start) : Vec::zero();
+#pragma GCC unroll 16
+    for (int i = 0; i < P; ++i) acc[i] = first;
+    for (int64_t d = 0; d < p.depth; ++d, weight += p.by_depth, table += plane) {
+      const T* const* line = table;
+      const float* w = weight;
+      for (int64_t l = 0; l < p.lines; ++l, line += p.ld, w += p.by_line) {
+        if (!line[0]) continue;
+        if constexpr (K > 0) {
+          add_run<K>(p, line, 0, c, w);
+        } else {
+          for_runs(p.taps, [&](int64_t t, auto run)
+                               __attribute__((always_inline)) { add_run<decltype(run)::kTaps>(p, line, t, c, w); });
         }
+      }
+    }
+  }
+
+  // Result i at out + i * by.
+  template <class U>
+  MLC_INLINE void store(U* out, int64_t by) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < P; ++i) {
+      if constexpr (kAll) acc[i].store(out + i * by);
+      if constexpr (!kAll) store_some(out + i * by, acc[i], lanes);
+    }
   }
 };
 
-template <class T, class U, int R, int P, int V, int S, bool kAll>
-void pixel_tile(const PixelTaps& p, int lanes, const T* const* table, int64_t c, const float* weight, const float* start,
-                U* const* out, int64_t by) {
-  PixelTile<T, R, P, V, S, kAll> tile;
-  tile.lanes = lanes;
-  tile.sum(p, table, c, weight, start);
-  tile.store(out, by);
+// Tiles side by side: all of `channels`, at least a vector where kAll. The last one reaches back over results that are there:
+// they get the same bits again.
+template <class T, class U, int P, int K, int S, bool kAll>
+void pixel_tiles(const PixelTaps& p, int64_t plane, const T* const* table, int64_t c, int64_t channels, const float* weight,
+                 const float* start, U* out, int64_t by) {
+  for (int64_t j = 0; j < channels; j += Vec::W) {
+    const int64_t at = kAll ? min(j, channels - Vec::W) : 0;
+    PixelTile<T, P, K, S, kAll> tile;
+    tile.lanes = kAll ? Vec::W : static_cast<int>(channels);
+    tile.sum(p, plane, table, c + at, weight + at, start ? start + at : nullptr);
+    tile.store(out + at, by);
+  }
 }
 
-// Results [0, count) of R lines (two where step is 1 only); out[r] + i * by is channel c of result i. Channels [c, c +
-// channels) of the pixels, with the weights and starts of these channels at weight and start.
-template <int R, class T, class U>
-void sum_pixels(const PixelTaps& p, int64_t count, const T* const* table, int64_t c, int64_t channels, const float* weight,
-                const float* start, U* const (&out)[R], int64_t by) {
-  static_assert(R == 1 || kTiles);
-  constexpr int W = Vec::W, P = kTiles ? 4 : 1;
-  for (int64_t i = 0; i < count;) {
-    // The last tile of a line reaches back over results that are there: they get the same bits again.
-    const bool tile = count >= P;
-    if (tile && i + P > count) i = count - P;
-    const T* const* from = table + i * p.step;
-    for (int64_t j = 0; j < channels;) {
-      const float* first = start ? start + j : nullptr;
-      U* to[R];
-      if (channels < W) {
-        for (int r = 0; r < R; ++r) to[r] = out[r] + i * by;
-        const int n = static_cast<int>(channels);
-        tile ? pixel_tile<T, U, R, P, 1, 0, false>(p, n, from, c, weight, first, to, by)
-             : pixel_tile<T, U, R, 1, 1, 0, false>(p, n, from, c, weight, first, to, by);
-        break;
-      }
-      const bool two = R == 1 && kTiles && tile && channels >= 2 * W;
-      const int64_t wide = two ? 2 * W : W, at = min(j, channels - wide);  // the last vector reaches back likewise
-      for (int r = 0; r < R; ++r) to[r] = out[r] + i * by + at;
-      if (start) first = start + at;
-      j = at + wide;
-      const auto run = [&](auto kernel) { kernel(p, W, from, c + at, weight + at, first, to, by); };
-      if (!kTiles || !tile) {
-        run(pixel_tile<T, U, R, 1, 1, 0, true>);
-      } else if constexpr (!kTiles) {
-      } else if constexpr (R == 2) {
-        run(pixel_tile<T, U, R, P, 1, 1, true>);
-      } else if (!two) {
-        run(pixel_tile<T, U, R, P, 1, 0, true>);
-      } else {
-        p.step == 1   ? run(pixel_tile<T, U, R, P, 2, 1, true>)
-        : p.step == 2 ? run(pixel_tile<T, U, R, P, 2, 2, true>)
-                      : run(pixel_tile<T, U, R, P, 2, 0, true>);
+// Calls f(kernel, its P) with the tiles that suit `left` results in a row of `count`. Of 16 bits tiles gain less and take as
+// long to compile: fewer of them.
+template <class T, class U, class F>
+MLC_INLINE void with_tiles(const PixelTaps& p, int64_t count, int64_t left, bool all, F&& f) {
+  constexpr bool kMore = sizeof(T) == 4;
+  if constexpr (kTiles) {
+    const bool wide = left >= kWide || (count >= kWide && left > 7);
+    if (all && wide && p.step == 1) {
+      if (p.taps == 3) return f(pixel_tiles<T, U, kWide, 3, 1, true>, kWide);
+      if constexpr (kMore) {
+        if (p.taps == 1) return f(pixel_tiles<T, U, kWide, 1, 1, true>, kWide);
+        if (p.taps == 2) return f(pixel_tiles<T, U, kWide, 2, 1, true>, kWide);
+        if (p.taps == 5) return f(pixel_tiles<T, U, kWide, 5, 1, true>, kWide);
+        if (p.taps == 7) return f(pixel_tiles<T, U, kWide, 7, 1, true>, kWide);
       }
     }
-    i += tile ? P : 1;
+    if (all && wide && p.step == 2) {
+      if (p.taps == 3) return f(pixel_tiles<T, U, kWide, 3, 2, true>, kWide);
+      if constexpr (kMore) {
+        if (p.taps == 5) return f(pixel_tiles<T, U, kWide, 5, 2, true>, kWide);
+      }
+    }
+    if (all && count >= 7) {
+      if constexpr (kMore && kWide > 7) {
+        if (p.step == 1 && p.taps == 3) return f(pixel_tiles<T, U, 7, 3, 1, true>, 7);
+      }
+      if (p.step == 1) return f(pixel_tiles<T, U, 7, 0, 1, true>, 7);
+      if constexpr (kMore) {
+        if (p.step == 2) return f(pixel_tiles<T, U, 7, 0, 2, true>, 7);
+      }
+      return f(pixel_tiles<T, U, 7, 0, 0, true>, 7);
+    }
+    if (!all && count >= 4) return f(pixel_tiles<T, U, 4, 0, 0, false>, 4);
+  }
+  all ? f(pixel_tiles<T, U, 1, 0, 0, true>, 1) : f(pixel_tiles<T, U, 1, 0, 0, false>, 1);
+}
+
+// Results [0, count) of `rows` rows; out + r * by_row + i * by is channel c of result i in row r. Channels [c, c + channels) of
+// the pixels, with the weights and starts of these channels at weight and start. Rows of a tile's columns follow each other,
+// for as many channels as the L1 cache holds the lines and weights of: a row finds the lines that it shares with the one
+// before.
+template <class T, class U>
+void sum_pixels(const PixelTaps& p, int64_t rows, int64_t count, const T* const* table, int64_t c, int64_t channels,
+                const float* weight, const float* start, U* out, int64_t by, int64_t by_row) {
+  constexpr int64_t kFloats = 8192, W = Vec::W;
+  const int64_t plane = (p.lines + (rows - 1) * p.by_row) * p.ld;
+  const int64_t pixel = max<int64_t>(p.depth * p.lines * ((kWide - 1) * p.step + 2 * p.taps), 1);  // floats of a channel
+  const int64_t group = max(W, kFloats / pixel / W * W);
+  for (int64_t i = 0; i < count;) {
+    with_tiles<T, U>(p, count, count - i, channels >= W, [&](auto kernel, int64_t P) {
+      i = min(i, count - P);  // the last tile reaches back, too
+      for (int64_t j = 0, next; j < channels; j = next) {
+        next = channels - j < group + W ? channels : j + group;
+        for (int64_t r = 0; r < rows; ++r)
+          kernel(p, plane, table + r * p.by_row * p.ld + i * p.step, c + j, next - j, weight + j, start ? start + j : nullptr,
+                 out + r * by_row + i * by + j, by);
+      }
+      i += P;
+    });
   }
 }
 
