@@ -204,10 +204,10 @@ def test_registered_ops():
     lengths = torch.full((B,), T)
     testing.check_op(
         torch.ops.mlcore.attention_decode.default,
-        (q[:, :, :1], k, v, None, None, None, lengths, None, None, None, -1, 0, 0.3, 0.0),
+        (q[:, :, :1], k, v, None, None, None, lengths, None, None, None, -1, 0, 0.3, 0.0, 1, "cpu"),
     )
     torch.library.opcheck(
-        torch.ops.mlcore.attention_append.default, (k[:, :, :1], v[:, :, :1], None, lengths, k, v, None, None)
+        torch.ops.mlcore.attention_append.default, (k[:, :, :1], v[:, :, :1], None, lengths, k, v, None, None, "cpu")
     )
     with pytest.raises(ValueError, match=r"lengths must include the 150 new keys; got 3"):
         _C.attention_append(k, v, None, torch.full((B,), 3), k.clone(), v.clone(), None, None)
