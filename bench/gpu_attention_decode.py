@@ -37,12 +37,13 @@ def group(dtype, B, H, Hkv, T, D):
     scales = [t.float().abs().amax(-1) / 127 for t in (k, v)]
     small = [(t.float() / s[..., None]).round().to(torch.int8) for t, s in zip((k, v), scales)]
 
-    def ours(k, v, **options):
-        return lambda: attention_with_kvcache(q, k, v, cache_seqlens=lengths, impl="cuda", **options)
+    def ours(k, v, impl="cuda", **options):
+        return lambda: attention_with_kvcache(q, k, v, cache_seqlens=lengths, impl=impl, **options)
 
     rows = {
         "mlcore cuda": ours(k, v),
         "mlcore cuda, pages of 16": ours(*pages, page_table=table),
+        "mlcore triton": ours(k, v, "triton"),
         "lossy: mlcore cuda, int8": ours(*small, k_scale=scales[0], v_scale=scales[1]),
         "torch": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=Hkv != H),
         "floor: read": lambda: [t.view(torch.int32).amax() for t in (k, v)],

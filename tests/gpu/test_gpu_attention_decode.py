@@ -1,7 +1,9 @@
-"""attention_with_kvcache on a GPU: the CUDA kernels on the cases of the emulator and on long caches, and what they don't wait
-for."""
+"""attention_with_kvcache on a GPU: the CUDA and Triton kernels on the cases of the emulator and on long caches, and what they
+don't wait for."""
 
 from __future__ import annotations
+
+import functools
 
 import attention_decode_gpu_suite as suite
 import pytest
@@ -17,7 +19,8 @@ LARGE = [
     Case((8, 4, 8, 256, 256), (3000, 700), BF16, added=8, window=(1000, None)),
     Case((8, 2, 2, 80, 96), (6000, 5999), F32, page=64, alibi=True),
 ]
-IMPLS = [pytest.param("cuda", marks=pytest.mark.sanitized), None]
+IMPLS = [pytest.param("cuda", marks=pytest.mark.sanitized), "triton", None]
+BACKENDS = ["cuda", "triton"]
 
 
 @pytest.mark.parametrize("case", suite.CASES, ids=str)
@@ -27,45 +30,49 @@ def test_kernels(impl, case):
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
-def test_large(case):
-    suite.check(case, "cuda", "cuda")
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_large(impl, case):
+    suite.check(case, "cuda", impl)
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
-def test_what_lies_on_the_device_is_not_waited_for(case):
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_what_lies_on_the_device_is_not_waited_for(impl, case):
     """The same bits as with lengths and pages on the CPU; a graph is captured, in which waiting is an error."""
     made = Made(case, "cuda")
-    want = made.call(impl="cuda")
+    want = made.call(impl=impl)
     there = {n: made.options[n].cuda() for n in ("page_table", "cache_starts") if n in made.options}
     there["cache_seqlens"] = made.before.cuda()
-    made.call(impl="cuda", **there)
+    made.call(impl=impl, **there)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = made.call(impl="cuda", **there)
+        got = made.call(impl=impl, **there)
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_a_row_has_the_same_bits_in_any_call(dtype):
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_a_row_has_the_same_bits_in_any_call(impl, dtype):
+    attend = functools.partial(attention_with_kvcache, impl=impl)
     q, k, v = (torch.randn(5, h, n, 64, device="cuda").to(dtype) for h, n in ((8, 3), (2, 3000), (2, 3000)))
     lengths = torch.tensor([3000, 3, 257, 1000, 2999], device="cuda")
-    want = attention_with_kvcache(q, k, v, cache_seqlens=lengths)
+    want = attend(q, k, v, cache_seqlens=lengths)
     for b in range(5):
-        got = attention_with_kvcache(q[b : b + 1], k[b : b + 1], v[b : b + 1], cache_seqlens=lengths[b : b + 1])
+        got = attend(q[b : b + 1], k[b : b + 1], v[b : b + 1], cache_seqlens=lengths[b : b + 1])
         assert torch.equal(got[0], want[b])
     for t in range(3):
-        assert torch.equal(
-            attention_with_kvcache(q[:, :, t : t + 1], k, v, cache_seqlens=lengths - 2 + t)[:, :, 0], want[:, :, t]
-        )
+        assert torch.equal(attend(q[:, :, t : t + 1], k, v, cache_seqlens=lengths - 2 + t)[:, :, 0], want[:, :, t])
 
 
-def test_device_values_stay_within_the_cache():
+@pytest.mark.parametrize("impl", IMPLS[:2])
+def test_device_values_stay_within_the_cache(impl):
     """compute-sanitizer is what looks here."""
     q, k, v = (torch.randn(2, 2, n, 64, device="cuda") for n in (1, 700, 700))
     table = torch.tensor([[0, 7, -3], [1, 1 << 40, 1]], device="cuda")
     for lengths in ([1 << 40, -5], [2100, 1000]):
-        o = attention_with_kvcache(q, k, v, q, q, cache_seqlens=torch.tensor(lengths, device="cuda"), page_table=table)
+        lengths = torch.tensor(lengths, device="cuda")
+        o = attention_with_kvcache(q, k, v, q, q, cache_seqlens=lengths, page_table=table, impl=impl)
         assert o.isfinite().all()

@@ -1,10 +1,13 @@
 """What tests of decoding's GPU kernels share: calls of attention_with_kvcache with everything that it takes, compared with
-float64. The emulator's tests and tests/gpu run them.
+float64. The emulator's and the interpreter's tests and tests/gpu run them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -65,18 +68,31 @@ CASES = [
 ]
 
 
+# The interpreter computes bfloat16 wrongly.
+INTERPRETED = [dataclasses.replace(c, dtype=F16) if c.dtype == BF16 else c for c in CASES]
+
+
 @contextlib.contextmanager
-def serving() -> Iterator[None]:
-    """Within the block attention_with_kvcache computes CPU tensors by its own launchers with the emulated CUDA kernels."""
-    if emulator.compiler() is None:
-        pytest.skip("the emulator needs Linux and a C++ compiler")
-    lib = emulator.load("kernels/attention/attention_decode.cu")
+def serving(backend: str) -> Iterator[None]:
+    """Within the block attention_with_kvcache computes CPU tensors by its own launchers with the emulated CUDA kernels ("cuda")
+    or the interpreted Triton kernels ("triton")."""
+    if backend == "cuda":
+        if emulator.compiler() is None:
+            pytest.skip("the emulator needs Linux and a C++ compiler")
+        lib = emulator.load("kernels/attention/attention_decode.cu")
+        kernels = {n: functools.partial(_call, lib, f"mlc_cuda_attention_{n}") for n in ("decode", "append")}
+    else:
+        module = importlib.import_module("kernels.attention.attention_triton")
+        kernels = {n: getattr(module, n) for n in ("decode", "append")}
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("decode", "append"):
-            call = lambda *args, name=f"mlc_cuda_attention_{name}": lib.call(name, *args, None)  # noqa: E731
-            patch.setitem(_registry._kernels, ("attention", name, "cuda"), call)
-        patch.setattr(_attention_decode, "choose", lambda op, impl, *_, **__: impl or "cuda")
+        for name, kernel in kernels.items():
+            patch.setitem(_registry._kernels, ("attention", name, backend), kernel)
+        patch.setattr(_attention_decode, "choose", lambda op, impl, *_, **__: impl or backend)
         yield
+
+
+def _call(lib: emulator.Library, name: str, *args) -> None:
+    lib.call(name, *args, None)
 
 
 def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

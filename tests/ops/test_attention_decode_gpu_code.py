@@ -1,6 +1,9 @@
-"""attention_with_kvcache's CUDA kernels in the emulator, against float64 and against each other."""
+"""attention_with_kvcache's CUDA kernels in the emulator and its Triton kernels in the interpreter, against float64 and against
+each other."""
 
 from __future__ import annotations
+
+import importlib
 
 import attention_decode_gpu_suite as suite
 import gpu_code
@@ -9,12 +12,15 @@ import torch
 from attention_decode_gpu_suite import Case, Made
 from gpu_code import BF16, F16, F32
 
+from mlcore import _registry
 from mlcore.ops import _attention_decode, attention_with_kvcache
+
+BACKEND = "triton" if gpu_code.INTERPRETING else "cuda"
 
 
 @pytest.fixture(autouse=True)
 def served():
-    with suite.serving():
+    with suite.serving(BACKEND):
         yield
 
 
@@ -23,8 +29,19 @@ def lib():
     return gpu_code.emulator.load("kernels/attention/attention_decode.cu")
 
 
-@pytest.mark.parametrize("case", suite.CASES, ids=str)
-def test_emulated(case):
+@pytest.fixture
+def kernels():
+    return [_registry.kernel("attention", name, BACKEND) for name in ("decode", "append")]
+
+
+@pytest.mark.skipif(gpu_code.INTERPRETING, reason="this is the process that it starts")
+def test_interpreted():
+    pytest.importorskip("triton", reason="triton is not installed")
+    gpu_code.run_interpreted(__file__)
+
+
+@pytest.mark.parametrize("case", suite.INTERPRETED if gpu_code.INTERPRETING else suite.CASES, ids=str)
+def test_emulated_or_interpreted_case(case):
     suite.check(case)
 
 
@@ -32,9 +49,9 @@ def attend(q, k, v, lengths, **options):
     return attention_with_kvcache(q, k, v, cache_seqlens=lengths, return_lse=True, **options)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("window", [None, (300, None)], ids=str)
-def test_a_row_has_the_same_bits_in_any_call(dtype, window):
+@pytest.mark.parametrize("dtype", [F16] if gpu_code.INTERPRETING else [F32, BF16], ids=str)
+@pytest.mark.parametrize("window", [(300, None)] if gpu_code.INTERPRETING else [None, (300, None)], ids=str)
+def test_emulated_or_interpreted_a_row_has_the_same_bits_in_any_call(dtype, window):
     """Alone or in a batch, in a chunk or token by token, in pages, in a longer cache."""
     T, lengths = 620, torch.tensor([620, 33])
     q, k, v = (torch.randn(2, h, n, 40).to(dtype) for h, n in ((4, 3), (2, T), (2, T)))
@@ -67,7 +84,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(lib):
 
 
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
-def test_unseen_values_reach_nobody(dtype):
+def test_emulated_or_interpreted_unseen_values_reach_nobody(dtype):
     """Of three queries the last alone sees infinities and NaN."""
     q, k, v = (torch.randn(1, 1, n, 16).to(dtype) for n in (3, 90, 90))
     clean = attend(q, k, v, 90)[0]
@@ -78,13 +95,13 @@ def test_unseen_values_reach_nobody(dtype):
     assert (attend(q, k, v, 90)[0][:, :, 2] == float("inf")).all()
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F16] if gpu_code.INTERPRETING else [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("int8", [False, True])
-def test_appended_rows_are_those_of_the_cpu(dtype, int8):
+def test_emulated_or_interpreted_appended_rows_are_those_of_the_cpu(dtype, int8):
     k, v = torch.randn(2, 3, 4, 33).to(dtype), torch.randn(2, 3, 4, 8).to(dtype)
     k[0, 1, 2] = 0
     table, after = torch.tensor([[5, 1], [0, 3]]), []
-    for impl in ("cpu", "cuda"):
+    for impl in ("cpu", BACKEND):
         caches = [torch.zeros(6, 3, 5, n, dtype=torch.int8 if int8 else dtype) for n in (33, 8)]
         caches += [torch.zeros(6, 3, 5) if int8 else None for _ in range(2)]
         _attention_decode._append_launch(k, v, table, torch.tensor([7, 4]), *caches, impl)
@@ -92,28 +109,28 @@ def test_appended_rows_are_those_of_the_cpu(dtype, int8):
     assert all(torch.equal(a, b) and a.any() for a, b in zip(*after))
 
 
-def decode(lib, q, k, v, table, lengths, starts=None, parts=4):
+def decode(kernels, q, k, v, table, lengths, starts=None, parts=4):
     o, lse = torch.full((*q.shape[:3], v.shape[3]), float("nan")), torch.full(q.shape[:3], float("nan"))
     scratch = torch.full((*lse.shape, parts, v.shape[3] + 2), float("nan"))
-    args = (q, k, v, None, None, table, lengths, starts, None, None, -1, 0, 0.25, 0.0, o, lse, scratch, None)
-    lib.call("mlc_cuda_attention_decode", *args)
+    args = (q, k, v, None, None, table, lengths, starts, None, None, -1, 0, 0.25, 0.0, o, lse, scratch)
+    kernels[0](*args)
     return o, lse
 
 
-def test_what_lies_on_the_device_stays_within_the_cache(lib):
+def test_emulated_or_interpreted_what_lies_on_the_device_stays_within_the_cache(kernels):
     """Lengths, starts and pages that the host could not check."""
     q, k, v = torch.randn(4, 2, 1, 16), torch.randn(40, 2, 8, 16), torch.randn(40, 2, 8, 16)
     table = torch.randperm(40).view(4, 10)
     far = 1 << 40
     lengths, starts = torch.tensor([far, -far, 80, 1000]), torch.tensor([-far, 0, far, 77])
-    got = decode(lib, q, k, v, table, lengths, starts)
+    got = decode(kernels, q, k, v, table, lengths, starts)
     want = attend(
         q, k, v, torch.tensor([80, 0, 80, 80]), cache_starts=torch.tensor([0, 0, 80, 77]), page_table=table, scale=0.25
     )
     assert all(torch.equal(a, b) for a, b in zip(got, want)) and (want[1][1:3] == float("-inf")).all()
     lengths, broken = torch.tensor([80, 80, 5, 16]), table.clone()
     broken[0, 3], broken[1, 0], broken[1, 9], broken[2, 0], broken[3, 5] = 40, -1, far, -far, -9
-    o, lse = decode(lib, q, k, v, broken, lengths)
+    o, lse = decode(kernels, q, k, v, broken, lengths)
     for b, n in enumerate(lengths.tolist()):
         at = torch.arange(n)
         page = broken[b, at // 8]
@@ -124,27 +141,37 @@ def test_what_lies_on_the_device_stays_within_the_cache(lib):
         torch.testing.assert_close(lse[b].double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
-def test_new_keys_without_a_place_are_not_written(lib):
+def test_emulated_or_interpreted_new_keys_without_a_place_are_not_written(kernels):
     k, v = torch.randn(4, 1, 2, 8), torch.randn(4, 1, 2, 8)
     caches = [torch.zeros(6, 1, 4, 8) for _ in range(2)]
     table = torch.tensor([[0, 1], [2, -1], [3, 6], [4, 5]])
-    lib.call("mlc_cuda_attention_append", k, v, table, torch.tensor([1, 5, 1 << 40, 9]), *caches, None, None, None)
+    kernels[1](k, v, table, torch.tensor([1, 5, 1 << 40, 9]), *caches, None, None)
     for new, cache in zip((k, v), caches):
         want = torch.zeros(6, 1, 4, 8)
         want[0, :, 0], want[2, :, 3], want[5, :, 3] = new[0, :, 1], new[1, :, 0], new[3, :, 0]
         assert torch.equal(cache, want)
 
 
-def test_blocks_take_parts_in_turns(lib):
+@pytest.mark.skipif(gpu_code.INTERPRETING, reason="too many for the interpreter: the next test is its own")
+def test_blocks_take_parts_in_turns(kernels):
     """More sequences than blocks: all but one are empty."""
     B = 9000
     q, k, v = torch.randn(1, 1, 1, 4), torch.randn(1, 1, 600, 4), torch.randn(1, 1, 600, 4)
     lengths = torch.zeros(B, dtype=torch.int64)
     lengths[B - 2] = 600
-    got = decode(lib, *(t.expand(B, -1, -1, -1) for t in (q, k, v)), None, lengths, parts=3)
-    want = decode(lib, q, k, v, None, torch.tensor([600]), parts=3)
+    got = decode(kernels, *(t.expand(B, -1, -1, -1) for t in (q, k, v)), None, lengths, parts=3)
+    want = decode(kernels, q, k, v, None, torch.tensor([600]), parts=3)
     assert all(torch.equal(a[B - 2], b[0]) for a, b in zip(got, want))
     assert (got[0][: B - 2] == 0).all() and (got[1][: B - 2] == float("-inf")).all()
+
+
+@pytest.mark.skipif(not gpu_code.INTERPRETING, reason="of Triton")
+def test_interpreted_programs_take_parts_in_turns(monkeypatch):
+    q, k, v = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 600, 16), torch.randn(1, 2, 600, 16)
+    want = attend(q, k, v, 600)
+    monkeypatch.setattr(importlib.import_module("kernels.attention.attention_triton"), "_MOST_PROGRAMS", 4)
+    got = attend(q, k, v, 600)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +234,7 @@ def test_errors(lib, change, text):
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 2, 1, 8), (2, 2, 1, 0, 8), (2, 0, 0, 1, 8)], ids=str)
-def test_empty_dimensions(shape):
+def test_emulated_or_interpreted_empty_dimensions(shape):
     B, H, Hkv, Tq, D = shape
     o, lse = attend(torch.zeros(B, H, Tq, D), *(torch.zeros(B, Hkv, 5, D) for _ in range(2)), 5)
     assert o.shape == (B, H, Tq, D) and lse.shape == (B, H, Tq)

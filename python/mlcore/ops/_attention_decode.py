@@ -1,7 +1,7 @@
 """Attention over a key-value cache: append, then attend. A token decoded alone has the bits that it has in a prefill.
 
-Few queries are served by kernels of their own, which read the cache where it lies (kernels/attention/attention_decode.cc and
-.cu); many, Triton and the reference by mlcore.ops.attention over what was gathered."""
+Few queries are served by kernels of their own, which read the cache where it lies (kernels/attention/attention_decode.cc, .cu
+and attention_triton_decode.py); many, and the reference, by mlcore.ops.attention over what was gathered."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def attention_with_kvcache(
 
     Sequence b holds n = cache_seqlens[b] keys; k and v are written at n, n + 1, ...; its queries are the last Tq of the
     n + Tnew positions. What the cache holds beyond them is not looked at. A row's bits don't depend on how many queries come at
-    once, nor on the other sequences, on pages or on threads: prefill and decoding token by token agree exactly. On CUDA this
+    once, nor on the other sequences, on pages or on threads: prefill and decoding token by token agree exactly. On a GPU this
     holds between calls of up to 16 tokens; longer ones take the kernels of a prefill, which round differently.
 
     cache_seqlens, page_table and cache_starts may be on any device. Where they are on the GPU that decodes, a call of up to 16
@@ -119,7 +119,7 @@ def attention_with_kvcache(
         k, v: (B, Hkv, Tnew, D), (B, Hkv, Tnew, Dv): appended; None: the cache is complete.
         cache_seqlens: (B,) integers or one number: keys there before the call.
         page_table: (B, n) integers: position t of sequence b is row t % P of page page_table[b, t // P]. Up to 16 queries of a
-            key head (CUDA: 16 tokens) read pages where they lie; for more they are gathered first. Sequences that use some
+            key head (on a GPU: 16 tokens) read pages where they lie; for more they are gathered first. Sequences that use some
             rows of a larger contiguous cache are pages of S: ``page_table=rows[:, None]``.
         cache_starts: (B,) integers: keys before them are padding that no query sees. Positions count from 0 all the same.
         k_scale, v_scale: (B, Hkv, S) or (pages, Hkv, P) float32, written in place: the scales of int8 caches.
@@ -139,7 +139,7 @@ def attention_with_kvcache(
     backend = "reference" if transformed() else choose("attention", impl, q)
     if not k_cache.stride(-1) == v_cache.stride(-1) == 1:
         backend = "reference"
-    few = {"cpu": q.shape[1] * Tq <= _FEW * k_cache.shape[1], "cuda": Tq <= _FEW}.get(backend, False)
+    few = q.shape[1] * Tq <= _FEW * k_cache.shape[1] if backend == "cpu" else Tq <= _FEW and backend != "reference"
     few = few and min(q.shape[3], v_cache.shape[3]) >= 1 and max(q.shape[3], v_cache.shape[3]) <= 256
     lengths, total, longest, page_table, starts = _checked(
         few and q.is_cuda, q, k_cache, v_cache, k, v, cache_seqlens, page_table, cache_starts, k_scale, v_scale
@@ -156,7 +156,7 @@ def attention_with_kvcache(
     with torch.no_grad():
         caches = (k_cache, v_cache, k_scale, v_scale)
         known = not any(t is not None and t.is_cuda for t in (page_table, total, starts))
-        if backend == "cuda" and page_table is not None and known:
+        if backend in ("cuda", "triton") and page_table is not None and known:
             _check_pages(page_table, k_cache.shape, _first_seen(total, starts, Tq, around).minimum(lengths), total)
         if k is not None:
             _store(backend, k, v, lengths, total, page_table, caches)
@@ -311,7 +311,7 @@ def _store(impl, k, v, lengths, total, page_table, caches):
                 f"{_OP}: new keys and values must fit B = {B} and the cache {tuple(cache.shape)} {cache.dtype}; "
                 f"got {tuple(new.shape)} {new.dtype}"
             )
-    if impl in ("cpu", "cuda"):
+    if impl != "reference":
         k, v = inner_contiguous(k), inner_contiguous(v)
         return (_append_launch if direct(k, v, *caches) else _append)(k, v, *_there(k, page_table, total), *caches, impl)
     count = k.shape[2]
