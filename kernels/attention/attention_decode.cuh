@@ -72,7 +72,8 @@ struct DecodeShape {
   using Raw = std::conditional_t<kInt8_, int8_t, T>;  // what caches hold
   static constexpr bool kInt8 = kInt8_;
   static constexpr int kDim = kDim_, kRows = 16, kCols = 16;
-  static constexpr int kWarps = kDim * static_cast<int>(sizeof(T)) >= 1024 ? 2 : 4, kThreads = 32 * kWarps;
+  static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(T));
+  static constexpr int kWarps = kRowBytes >= 1024 ? 1 : kRowBytes >= 512 ? 2 : 4, kThreads = 32 * kWarps;
   static constexpr int kLd = kDim + 16 / static_cast<int>(sizeof(T));  // of a tile of T: rows begin in different banks
   static constexpr int kRawLd = kDim + 16 / static_cast<int>(sizeof(Raw));
   static constexpr int kStage = kCols * kRawLd;  // keys or values of a warp's step
@@ -82,6 +83,7 @@ struct DecodeShape {
       4 * kStage * static_cast<int>(sizeof(Raw)) + (kInt8 ? kCols * kLd * static_cast<int>(sizeof(T)) : 0);
   static constexpr int kSmem = kQBytes + kWarps * kWarpBytes;
   static_assert(kWarpBytes >= kRows * kDim * 4, "a warp's sums fit in its stages");
+  static_assert(kSmem <= 99 << 10, "a block fits on every device from sm_80 on");
 };
 
 // 16 rows at base + offset of the lane with the row's number, to a tile: what lies beyond D, or nowhere, is 0. Commit and wait

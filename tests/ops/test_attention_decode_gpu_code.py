@@ -74,6 +74,13 @@ def test_emulated_or_interpreted_a_row_has_the_same_bits_in_any_call(dtype, wind
     assert all(torch.equal(a, w[:, 2:]) for a, w in zip(one_head, want))
 
 
+def test_emulated_or_interpreted_parts_are_added_by_their_own_numbers():
+    """With a first part that the second of two queries doesn't see, and so many that chains have several."""
+    q, k, v = (torch.randn(1, 1, n, 8) for n in (2, 2600, 2600))
+    both, alone = (attend(x, k, v, 2600, window=(2343, None)) for x in (q, q[:, :, 1:]))
+    assert all(torch.equal(a[:, :, 1], b[:, :, 0]) for a, b in zip(both, alone))
+
+
 def test_bits_do_not_depend_on_the_order_of_threads(lib):
     case = Case((4, 2, 2, 40, 24), (300, 40), BF16, page=8, int8=True, added=1, sinks=True)
     outputs = []

@@ -145,6 +145,7 @@ def attention_with_kvcache(
         few and q.is_cuda, q, k_cache, v_cache, k, v, cache_seqlens, page_table, cache_starts, k_scale, v_scale
     )
     around = (None, None) if window is None else window
+    _check_options(q, k_cache, v_cache, around, scale, softcap, alibi_slopes, sinks, impl)
     if (rotary_cos is None) != (rotary_sin is None):
         raise ValueError(f"{_OP}: rotary_cos and rotary_sin must be given together")
     if rotary_cos is not None:
@@ -220,6 +221,29 @@ def _checked(stay, q, k_cache, v_cache, k, v, cache_seqlens, page_table, cache_s
     return lengths, total, longest, None if page_table is None else _integers(page_table, stay), cache_starts
 
 
+def _check_options(q, k_cache, v_cache, around, scale, softcap, slopes, sinks, impl):
+    """What would else be refused after k and v have been written."""
+    B, H, _, D = q.shape
+    Hkv, Dv = k_cache.shape[1], v_cache.shape[3]
+    if k_cache.shape[3] != D or v_cache.shape[:3] != k_cache.shape[:3] or (H % Hkv if Hkv else H):
+        raise ValueError(
+            f"{_OP}: k_cache must be (B, Hkv, S, D) with q's D = {D}, Hkv dividing q's H = {H}, and v_cache (B, Hkv, S, Dv); "
+            f"got {tuple(k_cache.shape)}, {tuple(v_cache.shape)}"
+        )
+    if impl not in (None, "reference") and not 1 <= min(D, Dv) <= max(D, Dv) <= 256:
+        raise ValueError(f"{_OP}: impl={impl!r} can't serve this call: head dims must be 1 to 256; got D {D}, Dv {Dv}")
+    if slopes is not None and (tuple(slopes.shape) not in ((H,), (B, H)) or not slopes.is_floating_point()):
+        raise ValueError(f"{_OP}: alibi_slopes must be (H,) or (B, H) = ({B}, {H}); got {tuple(slopes.shape)}")
+    if sinks is not None and (tuple(sinks.shape) != (H,) or not sinks.is_floating_point()):
+        raise ValueError(f"{_OP}: sinks must be floating, (H,) = ({H},); got {sinks.dtype}, {tuple(sinks.shape)}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"{_OP}: scale must be a finite number; got {scale}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"{_OP}: softcap must be a positive number or None; got {softcap}")
+    if any(n is not None and n < 0 for n in around):
+        raise ValueError(f"{_OP}: window must hold counts from 0, or None for no limit; got {around}")
+
+
 def _integers(t, stay):
     return t.to(t.device if stay and t.is_cuda else "cpu", torch.int64).contiguous()
 
@@ -255,19 +279,11 @@ def _check_pages(table, shape, first, end):
 
 def _few_queries(q, caches, page_table, total, starts, slopes, sinks, around, causal, scale, softcap, parts, impl):
     """(o, lse) by a decoding kernel."""
-    B, H, _, D = q.shape
-    if slopes is not None:
-        if tuple(slopes.shape) not in ((H,), (B, H)) or not slopes.is_floating_point():
-            raise ValueError(f"{_OP}: alibi_slopes must be (H,) or (B, H) = ({B}, {H}); got {tuple(slopes.shape)}")
-        slopes = slopes.float().reshape(-1, H).contiguous()
+    _, H, _, D = q.shape
+    slopes = None if slopes is None else slopes.float().reshape(-1, H).contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()
     left, right = (-1 if n is None else n for n in around)
-    given_softcap = softcap
     scale, softcap = 1.0 / math.sqrt(D) if scale is None else float(scale), 0.0 if softcap is None else float(softcap)
-    if softcap < 0 or not math.isfinite(softcap) or (given_softcap is not None and softcap == 0):
-        raise ValueError(f"{_OP}: softcap must be a positive number or None; got {given_softcap}")
-    if any(n is not None and n < 0 for n in around):
-        raise ValueError(f"{_OP}: window must hold counts from 0, or None for no limit; got {around}")
     q = inner_contiguous(q)
     page_table, total, starts = _there(q, page_table, total, starts)
     decode = _decode_launch if direct(q, *caches, total) else _decode
