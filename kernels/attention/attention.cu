@@ -8,11 +8,6 @@ namespace {
 
 constexpr const char* kOp = "attention";
 
-// The running softmax of a warp's rows g and g + 8.
-struct RowState {
-  float m[2] = {-INFINITY, -INFINITY}, l[2] = {};
-};
-
 // Scores of a piece (16, kCols) of keys from their products; -inf where unseen. Bit 4 n + e: seen.
 template <class S>
 MLC_DEVICE uint32_t finish_scores(const AttentionArgs& p, const Head& head, float (&s)[S::kCols / 8][4], int i0, int j0,
@@ -37,29 +32,10 @@ MLC_DEVICE uint32_t finish_scores(const AttentionArgs& p, const Head& head, floa
   return seen;
 }
 
-// s becomes the weights that V meets; acc is rescaled where a maximum moved.
+// Dropout of the weights of a piece.
 template <class S>
-MLC_DEVICE void softmax_step(const AttentionArgs& p, const Head& head, RowState& state, float (&s)[S::kCols / 8][4],
-                             float (&acc)[S::kDim / 8][4], int i0, int j0) {
+MLC_DEVICE void drop_weights(const AttentionArgs& p, const Head& head, float (&s)[S::kCols / 8][4], int i0, int j0) {
   const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float top = -INFINITY;
-#pragma unroll
-    for (int n = 0; n < S::kCols / 8; ++n) top = fmaxf(top, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
-    top = fmaxf(state.m[r], warp_max<4>(top));
-    const float shift = fmaxf(top, kLowest), alpha = exp2f(state.m[r] - shift);
-    float total = 0.0f;
-#pragma unroll
-    for (int n = 0; n < S::kCols / 8; ++n)
-#pragma unroll
-      for (int e = 2 * r; e < 2 * r + 2; ++e) total += s[n][e] = exp2f(s[n][e] - shift);
-    state.l[r] = state.l[r] * alpha + warp_sum<4>(total);
-    state.m[r] = top;
-#pragma unroll
-    for (int n = 0; n < S::kDim / 8; ++n) acc[n][2 * r] *= alpha, acc[n][2 * r + 1] *= alpha;
-  }
-  if (p.drop_below == 0) return;
 #pragma unroll
   for (int n = 0; n < S::kCols / 8; ++n)
 #pragma unroll
@@ -136,7 +112,8 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kThreads, 2) attention_fwd(Att
       float s[S::kCols / 8][4] = {};  // (16, kCols)
       product_nt<S>(s, q_tile + 16 * warp * S::kLd, k_tile, p.D);
       const uint32_t seen = finish_scores<S>(p, head, s, i0, j0, masked, mask);
-      softmax_step<S>(p, head, state, s, acc, i0, j0);
+      softmax_step<S>(state, s, acc);
+      if (p.drop_below != 0) drop_weights<S>(p, head, s, i0, j0);
       if (finite) {
         product_nn<S>(acc, s, v_tile, p.Dv);
       } else {

@@ -69,17 +69,21 @@ MLC_API int mlc_attention_lower(const DLTensor* program, int64_t Tq, int64_t Tk,
                                 DLTensor* ids, DLTensor* bits, DLTensor* counts);
 
 // The forward for a few queries over a key-value cache, which is read where it lies. Query t of sequence b stands at position
-// lengths[b] - Tq + t and sees keys max(starts[b], position - left) .. min(lengths[b] - 1, position + right). Its
+// lengths[b] - Tq + t and sees keys max(starts[b], position - left) .. min(lengths[b] - 1, position + right). On the CPU its
 // bits are those of mlc_attention_fwd over the same keys.
 //   k_cache, v_cache : (pages, Hkv, P, D), (pages, Hkv, P, Dv), q's dtype or int8: position t of sequence b is row t % P of
-//   page page_table[b, t / P]; without a page_table (B, n) int64 of page b. What no query sees is not read. k_scale, v_scale :
-//   (pages, Hkv, P) float32: what the rows of int8 caches are multiplied with. NULL: the caches are not int8 lengths, starts :
-//   (B) int64; starts NULL: 0     slopes : (B|1, H) float32: ALiBi, -slope * distance. NULL: none lse : (B, H, Tq) float32, may
-//   be NULL
+//   page page_table[b, t / P]; without a page_table (B, n) int64 of page b. What no query sees is not read.
+//   k_scale, v_scale : (pages, Hkv, P) float32: what the rows of int8 caches are multiplied with. NULL: the caches are not int8
+//   lengths, starts : (B) int64; starts NULL: 0     slopes : (B|1, H) float32: ALiBi, -slope * distance. NULL: none
+//   lse : (B, H, Tq) float32, may be NULL
+//   scratch : (B, H, Tq, n, Dv + 2) float32, contiguous, for GPUs: keys are cut at positions 256, 512, ..., and of the parts
+//   that the queries of a sequence see, the first n are attended to. NULL: one. The CPU's function takes its own.
+// On GPUs the values of lengths, starts and page_table aren't checked: lengths beyond the cache end there, keys of pages that
+// don't exist are seen by nobody, and new keys for them aren't written.
 MLC_API int mlc_attention_decode(const DLTensor* q, const DLTensor* k_cache, const DLTensor* v_cache, const DLTensor* k_scale,
                                  const DLTensor* v_scale, const DLTensor* page_table, const DLTensor* lengths,
                                  const DLTensor* starts, const DLTensor* slopes, const DLTensor* sinks, int64_t left,
-                                 int64_t right, double scale, double softcap, DLTensor* o, DLTensor* lse);
+                                 int64_t right, double scale, double softcap, DLTensor* o, DLTensor* lse, DLTensor* scratch);
 
 // Writes k, v (B, Hkv, Tnew, D or Dv) at positions lengths[b] - Tnew .. lengths[b] - 1 of such caches. An int8 row is
 // round(x / scale) with scale = max |x| / 127.

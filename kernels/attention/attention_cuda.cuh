@@ -214,6 +214,33 @@ MLC_DEVICE void careful_product(float (&acc)[S::kDim / 8][4], const float (&p)[S
   }
 }
 
+// The running softmax of a warp's rows g and g + 8.
+struct RowState {
+  float m[2] = {-INFINITY, -INFINITY}, l[2] = {};
+};
+
+// s (16, kCols) of a warp's rows becomes the weights that V meets; acc is rescaled where a maximum moved.
+template <class S>
+MLC_DEVICE void softmax_step(RowState& state, float (&s)[S::kCols / 8][4], float (&acc)[S::kDim / 8][4]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float top = -INFINITY;
+#pragma unroll
+    for (int n = 0; n < S::kCols / 8; ++n) top = fmaxf(top, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+    top = fmaxf(state.m[r], warp_max<4>(top));
+    const float shift = fmaxf(top, kLowest), alpha = exp2f(state.m[r] - shift);
+    float total = 0.0f;
+#pragma unroll
+    for (int n = 0; n < S::kCols / 8; ++n)
+#pragma unroll
+      for (int e = 2 * r; e < 2 * r + 2; ++e) total += s[n][e] = exp2f(s[n][e] - shift);
+    state.l[r] = state.l[r] * alpha + warp_sum<4>(total);
+    state.m[r] = top;
+#pragma unroll
+    for (int n = 0; n < S::kDim / 8; ++n) acc[n][2 * r] *= alpha, acc[n][2 * r + 1] *= alpha;
+  }
+}
+
 // Whether all of kCols rows of a tile are finite. All threads of the block must call; flags: an int a warp.
 template <class S, class T>
 MLC_DEVICE bool tile_is_finite(const T* tile, int D, int* flags) {

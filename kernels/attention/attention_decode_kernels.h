@@ -17,8 +17,8 @@ struct DecodeProblem {
   Dtype dtype, cache_dtype;  // of q and o, of the caches: the same, or int8
   Operand q, o;
   Cache k, v;
-  int64_t page_size;
-  const int64_t* table;  // null: page b
+  int64_t pages, page_size, room;  // room: positions of a sequence
+  const int64_t* table;            // null: page b
   int64_t table_sb;
   const int64_t *lengths, *starts;  // (B): the keys of sequence b are positions starts[b] .. lengths[b] - 1; null: from 0
   int64_t left, right;              // Schedule::kUnlimited is no limit

@@ -1,5 +1,6 @@
 """The Triton kernels of attention: forward, and the launchers of both passes; the equations are in attention.h, the schedule
-for GPUs in python/mlcore/ops/_attention_device.py. The backward kernels are in attention_triton_bwd.py.
+for GPUs in python/mlcore/ops/_attention_device.py. The backward kernels are in attention_triton_bwd.py, those over a cache in
+attention_triton_decode.py.
 
 One program works on a tile of 64 queries and visits the tiles of 64 keys that the schedule names.
 """
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .attention_triton_bwd import dkv_kernel, dq_kernel, ds_sum_kernel, row_delta_kernel
+from .attention_triton_decode import append_kernel, decode_kernel, merge_kernel
 from .attention_triton_tile import (
     INF,
     LN2,
@@ -26,6 +28,7 @@ from .attention_triton_tile import (
     query_block,
     store_rows,
     tile_scores,
+    with_sink,
 )
 
 
@@ -85,14 +88,7 @@ def fwd_kernel(
                 acc += infinities(s != -INF, wide, v_tile, PRECISION)
                 v_tile = tl.where(is_finite(wide), wide, 0.0).to(v_tile.dtype)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
-    m = tl.where(l == 0.0, -INF, m)
-    factor = tl.full([BQ], 1.0, tl.float32)
-    if sinks is not None:  # one more score, that has no value
-        sink = tl.load(sinks + h) * LOG2E
-        top = tl.maximum(m, sink)
-        factor = tl.exp2(m - top)
-        l = l * factor + tl.exp2(sink - top)
-        m = top
+    m, l, factor = with_sink(m, l, sinks, h)
     empty = l == 0.0
     acc = tl.where(empty[:, None], 0.0, acc * (factor / tl.where(empty, 1.0, l))[:, None])
     store_rows(o + b * o_sb + h * o_sh, o_st, i0, ii, Tq, DV, BDV, acc)
@@ -216,23 +212,93 @@ def bwd(q, k, v, bias, relative, sinks, *rest) -> None:
             drelative.copy_(whole.flatten(2)[:, :, first : first + p.Tq + p.Tk - 1])
 
 
+_MOST_PROGRAMS = 1 << 14  # beyond, programs take several parts in turns, as attention_decode.cu's blocks do
+
+
+def decode_options(itemsize: int, width: int) -> dict[str, int]:
+    """Keys a step, warps and stages of decoding. Not measured."""
+    if itemsize * width >= 1024:
+        return {"BK": 16, "num_warps": 4, "num_stages": 2}
+    return {"BK": 32 if itemsize == 4 else 64, "num_warps": 4, "num_stages": 2 if itemsize * width >= 512 else 3}
+
+
+def _cache_arguments(k_cache, v_cache, k_scale, v_scale, page_table):
+    """(strides of scales and table, D, Dv, page size, room), and what is fixed at compile time."""
+    strides = [s for scale in (k_scale, v_scale) for s in ((0, 0, 0) if scale is None else scale.stride())]
+    D, Dv, page_size = k_cache.shape[3], v_cache.shape[3], k_cache.shape[2]
+    room = page_size * (1 if page_table is None else page_table.shape[1])
+    shape = {"D": D, "DV": Dv, "BD": max(triton.next_power_of_2(D), 16), "BDV": max(triton.next_power_of_2(Dv), 16)}
+    return [*strides, 0 if page_table is None else page_table.stride(0)], (k_cache.shape[0], page_size, room), shape
+
+
+def decode(
+    q, k_cache, v_cache, k_scale, v_scale, page_table, lengths, starts, slopes, sinks, left, right, scale, softcap, o, lse,
+    scratch,
+):  # fmt: skip
+    """As mlc_attention_decode on a GPU."""
+    B, H, Tq, _ = q.shape
+    strides, sizes, shape = _cache_arguments(k_cache, v_cache, k_scale, v_scale, page_table)
+    if B * H * Tq == 0:
+        return
+    Hkv, parts, sums, tops = k_cache.shape[1], 1, None, None
+    if scratch is not None:
+        parts, flat = scratch.shape[3], scratch.view(-1)
+        sums, tops = flat[: B * H * Tq * parts * v_cache.shape[3]], flat[B * H * Tq * parts * v_cache.shape[3] :]
+    far = 1 << 30
+    left, right = (min(n, far) if n >= 0 else far for n in (left, right))
+    scales = (scale / softcap, softcap * LOG2E.value) if softcap > 0 else (scale * LOG2E.value, 0.0)
+    slopes_sb = 0 if slopes is None or slopes.shape[0] == 1 else H
+    blocks = B * Hkv * triton.cdiv(H // Hkv * Tq, 16)
+    turns = min(parts, max(1, min(65535, _MOST_PROGRAMS // blocks)))
+    with torch.cuda.device_of(q):
+        decode_kernel[(blocks, turns)](
+            q, k_cache, v_cache, k_scale, v_scale, page_table, lengths, starts, slopes, sinks, o, lse, sums, tops,
+            *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *o.stride()[:3], *strides, slopes_sb,
+            Hkv, H // Hkv, Tq, *sizes, left, right, parts, *scales,
+            **shape, **decode_options(q.element_size(), max(shape["BD"], shape["BDV"])), SOFTCAP=softcap > 0,
+        )  # fmt: skip
+        if parts > 1:
+            merge_kernel[(B * H * Tq,)](
+                lengths, starts, sinks, o, lse, sums, tops, *o.stride()[:3], H, Tq, sizes[2], left, parts,
+                DV=shape["DV"], BDV=shape["BDV"],
+            )  # fmt: skip
+
+
+def append(k, v, page_table, lengths, k_cache, v_cache, k_scale, v_scale) -> None:
+    """As mlc_attention_append on a GPU."""
+    B, Hkv, count, _ = k.shape
+    strides, sizes, shape = _cache_arguments(k_cache, v_cache, k_scale, v_scale, page_table)
+    if B * Hkv * count == 0:
+        return
+    with torch.cuda.device_of(k):
+        append_kernel[(B * Hkv * count,)](
+            k, v, page_table, lengths, k_cache, v_cache, k_scale, v_scale, *k.stride()[:3], *v.stride()[:3],
+            *k_cache.stride()[:3], *v_cache.stride()[:3], *strides, Hkv, count, *sizes, **shape,
+        )  # fmt: skip
+
+
 _TYPES = {
-    **dict.fromkeys(("bias", "relative", "sinks", "lse", "d_lse", "delta", "out"), "*fp32"),
+    **dict.fromkeys(("bias", "relative", "sinks", "lse", "d_lse", "delta", "out", "sums", "tops"), "*fp32"),
+    **dict.fromkeys(("k_scale", "v_scale", "slopes"), "*fp32"), **dict.fromkeys(("table", "lengths", "starts"), "*i64"),
     **dict.fromkeys(("cols", "ids"), "*i32"), **dict.fromkeys(("row_ptr", "bits"), "*i64"),
     **dict.fromkeys(("scale", "cap", "keep_scale", "q_scale"), "fp32"),
 }  # fmt: skip
-_TENSORS = ("q", "k", "v", "o", "d_o", "dq", "dk", "dv")
+_TENSORS = ("q", "k", "v", "o", "d_o", "dq", "dk", "dv", "k_cache", "v_cache")
+_CACHE_OPTIONAL = ("k_scale", "v_scale", "table", "starts", "slopes")
 
 
-def _compile_spec(kernel, dtype: str, head_dim: int, given=(), **constexprs) -> tuple:
-    """A kernel for one dtype and head dim; of the arguments that may be None those named by `given` are there."""
-    options = (fwd_options if kernel is fwd_kernel else bwd_options)(4 if dtype == "fp32" else 2, head_dim)
+def _compile_spec(kernel, dtype: str, head_dim: int, given=(), int8=(), **constexprs) -> tuple:
+    """A kernel for one dtype and head dim; of the arguments that may be None those named by `given` are there. int8: tensors of
+    that type."""
+    made = {fwd_kernel: fwd_options, decode_kernel: decode_options}.get(kernel, bwd_options)
+    options = {} if kernel in (merge_kernel, append_kernel) else made(4 if dtype == "fp32" else 2, head_dim)
     own = {"D": head_dim, "DV": head_dim, "BD": head_dim, "BDV": head_dim, "SOFTCAP": False, "DROPOUT": False, **options}
-    optional = {"bias", "relative", "sinks", "row_ptr", "cols", "ids", "bits", "d_lse"} - set(given)
+    optional = {"bias", "relative", "sinks", "row_ptr", "cols", "ids", "bits", "d_lse", *_CACHE_OPTIONAL} - set(given)
     fixed = {**own, **dict.fromkeys(optional), **constexprs}
     fixed = {name: fixed[name] for name in kernel.arg_names if name in fixed}
     signature = {
-        n: "constexpr" if n in fixed else f"*{dtype}" if n in _TENSORS else _TYPES.get(n, "i32") for n in kernel.arg_names
+        n: "constexpr" if n in fixed else "*i8" if n in int8 else f"*{dtype}" if n in _TENSORS else _TYPES.get(n, "i32")
+        for n in kernel.arg_names
     }
     even = [n for n, kind in signature.items() if kind[0] == "*" or n.endswith(("_sb", "_sh", "_st"))]
     attrs = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in even}  # as of contiguous tensors
@@ -255,4 +321,11 @@ def compile_specs() -> list[tuple]:
         _compile_spec(ds_sum_kernel, "bf16", 64, everything, DIAGONAL=False),
         _compile_spec(ds_sum_kernel, "bf16", 64, ("bias",), DIAGONAL=False, **ones),
         _compile_spec(ds_sum_kernel, "fp32", 64, ("relative",), DIAGONAL=True),
+        _compile_spec(decode_kernel, "bf16", 128, ("table",)),
+        _compile_spec(decode_kernel, "fp16", 256, ("table", "starts", "slopes", "sinks"), SOFTCAP=True),
+        _compile_spec(decode_kernel, "fp32", 256),
+        _compile_spec(merge_kernel, "bf16", 128, ("starts", "sinks")),
+        _compile_spec(append_kernel, "bf16", 128, ("table",)),
+        _compile_spec(decode_kernel, "bf16", 128, ("table", "k_scale", "v_scale"), ("k", "v")),
+        _compile_spec(append_kernel, "fp16", 64, ("k_scale", "v_scale"), ("k_cache", "v_cache")),
     ]

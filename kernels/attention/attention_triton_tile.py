@@ -131,6 +131,20 @@ def tile_scores(
 
 
 @triton.jit
+def with_sink(m, l, sinks, h):
+    """A row's maximum and sum of weights with head h's sink, a score without a value, and what rescales earlier sums."""
+    m = tl.where(l == 0.0, -INF, m)
+    factor = tl.zeros_like(l) + 1.0
+    if sinks is not None:
+        sink = tl.load(sinks + h) * LOG2E
+        top = tl.maximum(m, sink)
+        factor = tl.exp2(m - top)
+        l = l * factor + tl.exp2(sink - top)
+        m = top
+    return m, l, factor
+
+
+@triton.jit
 def is_finite(x):
     """Elementwise: neither infinite nor NaN."""
     return tl.abs(x) < INF

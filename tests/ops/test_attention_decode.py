@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -204,10 +205,10 @@ def test_registered_ops():
     lengths = torch.full((B,), T)
     testing.check_op(
         torch.ops.mlcore.attention_decode.default,
-        (q[:, :, :1], k, v, None, None, None, lengths, None, None, None, -1, 0, 0.3, 0.0),
+        (q[:, :, :1], k, v, None, None, None, lengths, None, None, None, -1, 0, 0.3, 0.0, 1, "cpu"),
     )
     torch.library.opcheck(
-        torch.ops.mlcore.attention_append.default, (k[:, :, :1], v[:, :, :1], None, lengths, k, v, None, None)
+        torch.ops.mlcore.attention_append.default, (k[:, :, :1], v[:, :, :1], None, lengths, k, v, None, None, "cpu")
     )
     with pytest.raises(ValueError, match=r"lengths must include the 150 new keys; got 3"):
         _C.attention_append(k, v, None, torch.full((B,), 3), k.clone(), v.clone(), None, None)
@@ -216,6 +217,11 @@ def test_registered_ops():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"q": torch.randn(B, H, 2, D + 1)}, "k_cache must be .* with q's D = 25"),
+        ({"q": torch.randn(B, 3, 2, D)}, "Hkv dividing q's H = 3"),
+        ({"sinks": torch.zeros(3)}, r"sinks must be floating, \(H,\) = \(4,\); got torch.float32, \(3,\)"),
+        ({"alibi_slopes": torch.zeros(3)}, r"alibi_slopes must be \(H,\) or \(B, H\) = \(3, 4\); got \(3,\)"),
+        ({"scale": float("nan")}, "scale must be a finite number; got nan"),
         ({"softcap": 0.0}, "softcap must be a positive number or None; got 0.0"),
         ({"window": (-1, 0)}, r"window must hold counts from 0, or None for no limit; got \(-1, 0\)"),
         ({"k_scale": torch.ones(B, HKV, T)}, "k_scale must be given with an int8 k_cache, and only then"),
@@ -233,6 +239,22 @@ def test_registered_ops():
 def test_bad_arguments_raise_one_clear_line(change, words):
     q, k, v = tensors()
     arguments = {"q": q[:, :, :2], "k_cache": k, "v_cache": v, "k": k[:, :, :2], "v": v[:, :, :2], "cache_seqlens": 10} | change
+    before = k.clone(), v.clone()
     with pytest.raises(ValueError, match=words) as caught:
         attention_with_kvcache(**arguments)
     assert "\n" not in str(caught.value)
+    assert torch.equal(k, before[0]) and torch.equal(v, before[1])
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference", None])
+def test_long_heads_are_the_reference_s_alone(impl):
+    """An explicit kernel refuses them before it writes."""
+    q, k = torch.randn(1, 1, 1, 300), torch.zeros(1, 1, 5, 300)
+    call = functools.partial(attention_with_kvcache, q, k, k.clone(), q, q, cache_seqlens=2, impl=impl)
+    if impl == "cpu":
+        with pytest.raises(ValueError, match="impl='cpu' can't serve this call: head dims must be 1 to 256; got D 300, Dv 300"):
+            call()
+        assert not k.any()
+    else:
+        call()
+        assert torch.equal(k[:, :, 2], q[:, :, 0])
