@@ -96,10 +96,11 @@ def tail_of(terms: int) -> int:
     return bits - (1 << 32 if bits >> 31 else 0)
 
 
-def tile(rows: int) -> dict[str, int]:
-    """Few rows: small tiles, as many programs as columns give. Their speed was not measured."""
+def tile(rows: int, columns: int = 64) -> dict[str, int]:
+    """The largest tiles that leave nothing in local memory; few rows: small ones, as many programs as columns give. Their
+    speed was not measured."""
     few = rows <= 16
-    return {"BM": 16, "BN": 32, "BK": 8, "num_warps": 4} if few else {"BM": 64, "BN": 64, "BK": 4, "num_warps": 8}
+    return {"BM": 16, "BN": 32, "BK": 8, "num_warps": 4} if few else {"BM": 64, "BN": columns, "BK": 4, "num_warps": 8}
 
 
 def spec(kernel, dtype: str, given=(), **fixed) -> tuple:

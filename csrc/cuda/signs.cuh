@@ -211,10 +211,13 @@ void launch_tile(const char* op, const SignProduct& p, const Source& source, voi
              p, source);
 }
 
-// Few rows: K is cut among the warps, so that narrow blocks fill the device.
+// Few rows, or few tiles of a long K: K is cut among the warps, so that narrow blocks fill the device.
 template <class Source>
 void launch_product(const char* op, const SignProduct& p, const Source& source, void* stream) {
-  p.M <= 32 ? launch_tile<Source, 1>(op, p, source, stream) : launch_tile<Source, 4>(op, p, source, stream);
+  using Wide = SignTile<Source, 4>;
+  const int64_t tiles = int64_t{(p.M - 1) / Wide::kRows + 1} * ((p.N - 1) / Wide::kColumns + 1);
+  const bool narrow = p.M <= 32 || (tiles < 32 && p.words >= 64);
+  narrow ? launch_tile<Source, 1>(op, p, source, stream) : launch_tile<Source, 4>(op, p, source, stream);
 }
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

@@ -10,19 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_signs import (
-    OPTIONS,
-    count,
-    finish,
-    load_columns,
-    pack_rows,
-    pack_rows_kernel,
-    spec,
-    store_words,
-    tail_of,
-    tile,
-    words_of,
-)
+from .. import triton_signs as signs
 
 
 @triton.jit
@@ -65,14 +53,14 @@ def product_kernel(
         there = (h >= 0) & (h < H) & (w >= 0) & (w < W) & (m < M)[:, None] & (k < all_words)[None, :]
         a = tl.load(image[:, None] + (h.to(tl.int64) * W + w) * cw + c[None, :], mask=there, other=0)
         valid = tl.where(there, tl.where(c == cw - 1, tail, -1)[None, :], 0)
-        counts += count(a, load_columns(codes, n, k, O, all_words), valid)
+        counts += signs.count(a, signs.load_columns(codes, n, k, O, all_words), valid)
         bits += tl.sum(tl.where(there & (c == 0)[None, :], C, 0), 1)
     scale = None
     if pixel_scale is not None:
         scale = tl.load(pixel_scale + m, mask=m < M, other=0.0)
-    v = finish(bits[:, None] - 2 * counts, scales, scale, bias, n, O)
+    v = signs.finish(bits[:, None] - 2 * counts, scales, scale, bias, n, O)
     if y.dtype.element_ty == tl.int32:
-        store_words(v, y, m, n, M, O, BM, BN)
+        signs.store_words(v, y, m, n, M, O, BM, BN)
     else:
         at = y + b.to(tl.int64) * y_image + m % (Ho * Wo) * y_pixel
         inside = (m < M)[:, None] & (n < O)[None, :]
@@ -88,7 +76,7 @@ def pack(x, words, scale) -> None:
                 grid = triton.cdiv(H * W, 64), B
                 pack_planes_kernel[grid](x, words, scale, C, H * W, words.shape[3], BP=64)
         else:  # channels_last
-            pack_rows(
+            signs.pack_rows(
                 x.permute(0, 2, 3, 1).view(-1, C), words.view(-1, words.shape[3]), None if scale is None else scale.view(-1)
             )
 
@@ -102,22 +90,22 @@ def fwd(
         return
     Ho, Wo = y.shape[1:3] if y.dtype == torch.int32 else y.shape[2:]
     strides = (0, 0, 0) if y.dtype == torch.int32 else (O * Ho * Wo, Ho * Wo, 1) if y.is_contiguous() else (O * Ho * Wo, 1, O)
-    how = tile(B * Ho * Wo)
+    how = signs.tile(B * Ho * Wo, 32)
     grid = (triton.cdiv(B * Ho * Wo, how["BM"]) * triton.cdiv(O, how["BN"]),)
     with torch.cuda.device_of(words):
         product_kernel[grid](
-            words, words_of(codes), scales, pixel_scale, bias, y, B, O, C, H, W, Ho, Wo, kh, kw, sh, sw, dh, dw, ph, pw, cw,
-            tail_of(C), *strides, **how, **OPTIONS,
+            words, signs.words_of(codes), scales, pixel_scale, bias, y, B, O, C, H, W, Ho, Wo, kh, kw, sh, sw, dh, dw, ph, pw,
+            cw, signs.tail_of(C), *strides, **how, **signs.OPTIONS,
         )  # fmt: skip
 
 
 def compile_specs() -> list[tuple]:
     """(kernel, signature, constexprs, options) of the variants that tests compile ahead."""
     return [
-        spec(product_kernel, "bf16", ("pixel_scale", "bias"), y_pixel=1, **tile(5000)),
-        spec(product_kernel, "fp32", y_channel=1, **tile(9)),
-        spec(product_kernel, "i32", ("bias",), y_image=0, y_channel=0, y_pixel=0, **tile(5000)),
-        spec(pack_planes_kernel, "bf16", ("scale",), BP=64),
-        spec(pack_planes_kernel, "fp32", BP=64),
-        spec(pack_rows_kernel, "fp16", ("scale",), BW=8),
+        signs.spec(product_kernel, "bf16", ("pixel_scale", "bias"), y_pixel=1, **signs.tile(5000, 32)),
+        signs.spec(product_kernel, "fp32", y_channel=1, **signs.tile(9, 32)),
+        signs.spec(product_kernel, "i32", ("bias",), y_image=0, y_channel=0, y_pixel=0, **signs.tile(5000, 32)),
+        signs.spec(pack_planes_kernel, "bf16", ("scale",), BP=64),
+        signs.spec(pack_planes_kernel, "fp32", BP=64),
+        signs.spec(signs.pack_rows_kernel, "fp16", ("scale",), BW=8),
     ]

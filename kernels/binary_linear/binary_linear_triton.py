@@ -9,19 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_signs import (
-    OPTIONS,
-    count,
-    finish,
-    load_columns,
-    pack_rows,
-    pack_rows_kernel,
-    spec,
-    store_words,
-    tail_of,
-    tile,
-    words_of,
-)
+from .. import triton_signs as signs
 
 
 @triton.jit
@@ -38,13 +26,13 @@ def product_kernel(
         k = first + tl.arange(0, BK)
         a = tl.load(words + m.to(tl.int64)[:, None] * W + k[None, :], mask=(m < M)[:, None] & (k < W)[None, :], other=0)
         valid = tl.where(k == W - 1, tail, -1)  # a file's bits behind K don't count
-        counts += count(a, load_columns(codes, n, k, N, W), valid[None, :])
+        counts += signs.count(a, signs.load_columns(codes, n, k, N, W), valid[None, :])
     scale = None
     if row_scale is not None:
         scale = tl.load(row_scale + m, mask=m < M, other=0.0)
-    v = finish(K - 2 * counts, scales, scale, bias, n, N)
+    v = signs.finish(K - 2 * counts, scales, scale, bias, n, N)
     if y.dtype.element_ty == tl.int32:
-        store_words(v, y, m, n, M, N, BM, BN)
+        signs.store_words(v, y, m, n, M, N, BM, BN)
     else:
         inside = (m < M)[:, None] & (n < N)[None, :]
         tl.store(y + m.to(tl.int64)[:, None] * y_stride + n[None, :], v.to(y.dtype.element_ty), mask=inside)
@@ -53,7 +41,7 @@ def product_kernel(
 def pack(x, words, row_scale) -> None:
     """As mlc_binary_linear_pack."""
     with torch.cuda.device_of(x):
-        pack_rows(x, words, row_scale)
+        signs.pack_rows(x, words, row_scale)
 
 
 def fwd(words, codes, scales, row_scale, bias, N, K, y) -> None:
@@ -61,21 +49,22 @@ def fwd(words, codes, scales, row_scale, bias, N, K, y) -> None:
     M, W = words.shape
     if not M * N:
         return
-    how = tile(M)
+    how = signs.tile(M)
     grid = (triton.cdiv(M, how["BM"]) * triton.cdiv(N, how["BN"]),)
     with torch.cuda.device_of(words):
         product_kernel[grid](
-            words, words_of(codes), scales, row_scale, bias, y, M, N, K, W, tail_of(K), y.stride(0), **how, **OPTIONS
-        )
+            words, signs.words_of(codes), scales, row_scale, bias, y, M, N, K, W, signs.tail_of(K), y.stride(0), **how,
+            **signs.OPTIONS,
+        )  # fmt: skip
 
 
 def compile_specs() -> list[tuple]:
     """(kernel, signature, constexprs, options) of the variants that tests compile ahead."""
     return [
-        spec(product_kernel, "bf16", ("row_scale", "bias"), **tile(512)),
-        spec(product_kernel, "fp32", **tile(1)),
-        spec(product_kernel, "i32", ("bias",), **tile(512)),
-        spec(product_kernel, "i32", **tile(1)),
-        spec(pack_rows_kernel, "bf16", ("scale",), BW=32),
-        spec(pack_rows_kernel, "fp32", BW=1),
+        signs.spec(product_kernel, "bf16", ("row_scale", "bias"), **signs.tile(512)),
+        signs.spec(product_kernel, "fp32", **signs.tile(1)),
+        signs.spec(product_kernel, "i32", ("bias",), **signs.tile(512)),
+        signs.spec(product_kernel, "i32", **signs.tile(1)),
+        signs.spec(signs.pack_rows_kernel, "bf16", ("scale",), BW=32),
+        signs.spec(signs.pack_rows_kernel, "fp32", BW=1),
     ]

@@ -12,15 +12,27 @@ from gpu_code import BF16, F16, F32
 
 from mlcore import testing
 from mlcore.ops import PackedSigns, binary_linear, pack_signs
+from mlcore.ops.binary_linear import _fwd, _pack
 from mlcore.quant import pack
 
 OP = "binary_linear"
 BACKEND = "triton" if gpu_code.INTERPRETING else "cuda"
 DTYPES = [F32, F16] if gpu_code.INTERPRETING else [F32, BF16, F16]  # the interpreter computes bfloat16 wrongly
 # Few rows and more, one column, parts of tiles, words that fill a copy of 16 bytes and that don't, several stages.
-SHAPES = [(1, 1, 1), (1, 37, 70), (3, 5, 33), (16, 70, 513), (2, 1, 2500), (17, 33, 64), (70, 130, 257), (66, 5, 1700)]
+SHAPES = [
+    (1, 1, 1),
+    (1, 37, 70),
+    (3, 5, 33),
+    (16, 70, 513),
+    (2, 1, 2500),
+    (17, 33, 64),
+    (70, 130, 257),
+    (66, 5, 1700),
+    (35, 40, 2200),
+]
+SOME = SHAPES[1:8:2]
 if gpu_code.INTERPRETING:
-    SHAPES = SHAPES[:6]
+    SHAPES, SOME = SHAPES[:6], SHAPES[1:6:4]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +53,7 @@ def test_interpreted_sums_are_exact(M, N, K):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("M", "N", "K"), SHAPES[1:8:2])
+@pytest.mark.parametrize(("M", "N", "K"), SOME)
 def test_interpreted_bits_are_the_cpus(M, N, K, dtype):
     """Scales, bias, rounding and packed results; row scales are sums in another order."""
     packed, bias, x = pack(torch.randn(N, K), "binary"), torch.randn(N), torch.randn(M, K).to(dtype)
@@ -113,6 +125,13 @@ if not gpu_code.INTERPRETING:
             outputs.append([binary_linear(x[:M], packed, activation_scale=True, impl="cuda") for M in (3, 20)])
         for other in outputs[1:]:
             assert all(torch.equal(a, b) for a, b in zip(outputs[0], other))
+
+    def test_emulated_op():
+        packed, x = pack(torch.randn(40, 70), "binary"), torch.randn(2, 3, 70)
+        words, scale = _pack(x, True, "cuda")
+        testing.check_op(_pack, (x, True, "cuda"))
+        for dtype in (F32, torch.int32):
+            testing.check_op(_fwd, (words, packed.codes, packed.scales, scale, torch.randn(40), 40, 70, dtype, "cuda"))
 
     def test_emulated_odd_addresses():
         """Words and codes that 16-byte copies can't take."""
