@@ -61,6 +61,23 @@ inline void mma_m16n8k32_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t 
   mma<int, 4, element_s8>("mma_m16n8k32_s8", d, a, b, c);
 }
 
+inline void complete_mma_and(MmaLane<int>* const (&p)[32], unsigned lanes) {
+  if (lanes != ~0u) fault("mma needs all 32 lanes; got 0x%08x", lanes);
+  for (int lane = 0; lane < 32; ++lane)
+    for (int r = 0; r < 4; ++r) {
+      const int g = lane / 4, column = lane % 4 * 2 + r % 2;
+      int total = p[lane]->c[r];
+      for (int t = 0; t < 4; ++t)
+        for (int half = 0; half < 2; ++half) total += __popc(p[g * 4 + t]->a[2 * half + r / 2] & p[column * 4 + t]->b[half]);
+      p[lane]->d[r] = total;
+    }
+}
+inline void mma_m16n8k256_and(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int (&c)[4]) {
+  MmaLane<int> payload{a, b, c, {}};
+  warp_meet<MmaLane<int>, complete_mma_and>("mma_m16n8k256_and", ~0u, payload, {__builtin_FILE(), __builtin_LINE()});
+  std::memcpy(d, payload.d, sizeof d);
+}
+
 inline uint32_t to_tf32(float x) {
   const uint32_t bits = __float_as_uint(x);
   return x - x != 0 ? bits & 0xffffe000u : (bits + 0x1000u) & 0xffffe000u;

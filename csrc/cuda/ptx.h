@@ -1,5 +1,5 @@
 // PTX instructions as functions, each with a CPU body that follows the fragment layouts of the PTX ISA manual:
-// mma (bf16, f16, tf32, s8), ldmatrix, cp.async. Everything here needs sm_80 or later.
+// mma (bf16, f16, tf32, s8, b1), ldmatrix, cp.async. Everything here needs sm_80 or later.
 // Not here yet: wgmma, TMA (cp.async.bulk.tensor) and mbarrier of sm_90a; a kernel that uses them brings them with a CPU body.
 #pragma once
 #include <type_traits>
@@ -68,6 +68,21 @@ MLC_DEVICE void mma_m16n8k32_s8(int (&d)[4], const uint32_t (&a)[4], const uint3
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 #else
   emu::mma_m16n8k32_s8(d, a, b, c);
+#endif
+}
+
+// Single bits, 32 a register: d = c + the number of k at which both a and b are set.
+//   a[0] row g, k 32t..32t+31    a[1] row g + 8    a[2] row g, k 128+32t..128+32t+31    a[3] row g + 8    b[i] k 128i+32t..
+// One instruction (BMMA) on sm_80 to sm_90; for sm_100 the compiler makes it of products of bytes. Its sibling that counts
+// differing bits (xor) is one only up to sm_89.
+MLC_DEVICE void mma_m16n8k256_and(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int (&c)[4]) {
+#ifdef __CUDACC__
+  asm volatile(
+      "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+#else
+  emu::mma_m16n8k256_and(d, a, b, c);
 #endif
 }
 

@@ -1,29 +1,9 @@
 // What binary_conv2d.cc hands to the per-ISA kernels of binary_conv2d_cpu.inl: plain pointers and checked sizes.
 #pragma once
-#include "core/row_args.h"
-#include "core/sign_panels.h"
+#include "binary_conv2d/binary_conv2d_args.h"
+#include "core/cpu_features.h"
 
 namespace mlcore {
-
-struct BinaryConvPack {
-  const void* x;
-  Dtype dtype;
-  int64_t C, HW, words;
-  bool channels_last;
-  uint32_t* to;  // (B * HW, words)
-  float* scale;  // (B * HW) or null
-};
-
-struct BinaryConv {
-  SignPanels w;
-  const uint32_t* x;         // (B, H, W, channel_words)
-  const float* pixel_scale;  // (B * Ho * Wo) or null
-  int64_t C, H, W, Ho, Wo, kh, kw, sh, sw, dh, dw, ph, pw, channel_words;
-  int32_t* tap_counts;  // (panels, kh * kw, 16): bits that are set; what a tap of zeros differs in
-  void* y;
-  Dtype dtype;  // of y; i32: words of signs
-  bool channels_last;
-};
 
 // Pixels of y that an item takes at most: their words, their 64 columns of y and four panels of a usual weight (256 channels, 3
 // x 3) fill the L1.

@@ -26,8 +26,10 @@ def window_mean(scale, kernel_size, stride, dilation, pad):
     """(B, Ho, Wo): the mean of scale (B, H, W) over each window; padding counts as 0."""
     top, bottom, left, right = pad
     kh, kw = kernel_size
-    box = scale.new_full((1, 1, kh, kw), 1 / (kh * kw))
-    return F.conv2d(F.pad(scale[:, None], (left, right, top, bottom)), box, stride=stride, dilation=dilation)[:, 0]
+    wide = scale.double() if scale.is_cuda else scale  # torch's convolution of float32 may round to tf32 there
+    box = wide.new_full((1, 1, kh, kw), 1 / (kh * kw))
+    means = F.conv2d(F.pad(wide[:, None], (left, right, top, bottom)), box, stride=stride, dilation=dilation)
+    return means[:, 0].to(scale.dtype)
 
 
 def to_pixels(x):

@@ -36,6 +36,10 @@ def test_mma(nvcc_library, dtype):
     checks.mma(nvcc_library("primitives"), dtype)
 
 
+def test_mma_bits(nvcc_library):
+    checks.mma_bits(nvcc_library("primitives"))
+
+
 def test_mma_tf32_rounding(nvcc_library):
     checks.mma_tf32_rounding(nvcc_library("primitives"))
 

@@ -23,6 +23,15 @@ def mma(lib, dtype: torch.dtype) -> None:
     assert torch.equal(d.double(), a.double() @ b.double().T + c.double())
 
 
+def mma_bits(lib) -> None:
+    torch.manual_seed(0)
+    a, b = (torch.randint(-(2**31), 2**31, (n, 8), device=lib.device).int() for n in (16, 8))
+    c, d = torch.randint(-8, 9, (16, 8), device=lib.device).int(), torch.full((16, 8), 77, device=lib.device).int()
+    lib.call("test_mma", a, b, c, d, None)
+    both = (a[:, None, :, None] & b[None, :, :, None]) >> torch.arange(32, device=lib.device) & 1
+    assert torch.equal(d, both.sum((-1, -2)).int() + c)
+
+
 def mma_tf32_rounding(lib) -> None:
     a, b = torch.zeros(16, 8, device=lib.device), torch.zeros(8, 8, device=lib.device)
     a[:, 0] = 1 + 2.0**-11  # half a tf32 step above 1: ties go away from zero

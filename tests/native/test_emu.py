@@ -34,6 +34,10 @@ def test_mma(primitives, dtype):
     checks.mma(primitives, dtype)
 
 
+def test_mma_bits(primitives):
+    checks.mma_bits(primitives)
+
+
 def test_mma_tf32_rounding(primitives):
     checks.mma_tf32_rounding(primitives)
 

@@ -263,7 +263,7 @@ def binary_conv2d(
         estimator: how gradients pass sign: "identity", "clipped", "approx" or "swish", see binarize.
         packed_output: give the signs of y as PackedSigns, for the next layer.
         dtype: of y; default x's, float32 for PackedSigns.
-        impl: "cpu" or "reference"; None chooses (see mlcore.explain).
+        impl: "cpu", "cuda", "triton" or "reference"; None chooses (see mlcore.explain).
 
     Returns:
         y (B, O, Ho, Wo), in channels_last where x is; or PackedSigns with O features. Differentiable in x and bias

@@ -174,7 +174,7 @@ def binary_linear(
         estimator: how gradients pass sign: "identity", "clipped", "approx" or "swish", see binarize.
         packed_output: give the signs of y as PackedSigns, for the next layer.
         dtype: of y; default x's, float32 for PackedSigns.
-        impl: "cpu" or "reference"; None chooses (see mlcore.explain).
+        impl: "cpu", "cuda", "triton" or "reference"; None chooses (see mlcore.explain).
 
     Returns:
         y (..., N), or PackedSigns with N features. Differentiable in x and bias unless packed. Without activation_scale NaN

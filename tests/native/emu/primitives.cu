@@ -57,6 +57,13 @@ __global__ void mma_s8_kernel(const int8_t* a, const int8_t* b, const int* c, in
         mma_m16n8k32_s8(fd, fa, fb, fc);
       });
 }
+__global__ void mma_and_kernel(const uint32_t* a, const uint32_t* b, const int* c, int* d) {
+  mma_tile<1>(
+      a, b, c, d, [](const uint32_t* p) { return *p; },
+      [](int (&fd)[4], const uint32_t (&fa)[4], const uint32_t (&fb)[2], const int (&fc)[4]) {
+        mma_m16n8k256_and(fd, fa, fb, fc);
+      });
+}
 
 // x (8 N, 8) of 16-bit elements, r (N, 32)
 template <int N, bool Trans>
@@ -167,6 +174,8 @@ MLC_API int test_mma(const DLTensor* a, const DLTensor* b, const DLTensor* c, DL
         return MLC_LAUNCH(mma_tf32_kernel, 1, 32, 0, stream, data<float>(a), data<float>(b), data<float>(c), data<float>(d));
       case Dtype::i8:
         return MLC_LAUNCH(mma_s8_kernel, 1, 32, 0, stream, data<int8_t>(a), data<int8_t>(b), data<int>(c), data<int>(d));
+      case Dtype::i32:
+        return MLC_LAUNCH(mma_and_kernel, 1, 32, 0, stream, data<uint32_t>(a), data<uint32_t>(b), data<int>(c), data<int>(d));
       default:
         with_type16(a, [&](auto type) {
           using T = decltype(type);
