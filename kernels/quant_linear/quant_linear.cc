@@ -121,7 +121,7 @@ void fwd(const DLTensor* x_, const DLTensor* codes, const DLTensor* scales, cons
   const int64_t M = x.size(0), N = y.size(1);
   y.shape_is({M, N}, "(M, N)");
   Packed packed(N, x.size(1), codes, scales, zeros, codebook, bits, offset, group_size);
-  require(activation >= 0 && activation <= 4, kOp, ": activation must be 0 to 4; got ", activation);
+  require(activation >= 0 && activation <= 5, kOp, ": activation must be 0 to 5; got ", activation);
   QuantLinear p{};
   p.M = M, p.dtype = x.dtype(), p.activation = activation, p.int8 = int8 != 0, p.vnni = has_vnni();
   p.x = {x.raw(), x.stride(0)}, p.y = {y.raw(), y.stride(0)};
