@@ -96,7 +96,7 @@ def _conv_reason(module, config) -> str | None:
     kind = conv_kind(module)
     if config.convolutions is False:
         return "a convolution, and config.convolutions is False"
-    if kind is None:
+    if kind is None or (module.kernel_size != (1, 1) and module.groups == 1):  # of one channel: both dense and depthwise
         size = " x ".join(map(str, module.kernel_size))
         return f"a {size} convolution of {module.groups} groups: low bits are for pointwise and depthwise ones"
     if config.convolutions:
