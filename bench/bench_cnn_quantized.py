@@ -1,5 +1,5 @@
-"""Convolutions in int8: pointwise and depthwise layers with bias and ReLU6, and MobileNets at 224 x 224, against float32 by mlcore
-and by torch in both layouts, and ONNX Runtime in int8 (static, per channel) where onnxruntime and onnx are installed.
+"""Convolutions in int8: pointwise and depthwise layers with bias and ReLU6, and MobileNets at 224 x 224, against float32 by
+mlcore and by torch in both layouts, and ONNX Runtime in int8 (static, per channel) where onnxruntime and onnx are installed.
 """
 
 from __future__ import annotations

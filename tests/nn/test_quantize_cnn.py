@@ -56,8 +56,8 @@ def test_mobilenets(kind, config):
         assert depthwise == {None} and list(why.values()).count(None) == len(why) - 1
     else:
         assert all("convolutions=True takes it" in reason for reason in depthwise)
-        assert any("below 128 int8 is slower" in str(reason) for reason in why.values())
-        assert all(min(m.in_channels, m.out_channels) >= 128 for m in layers)
+        assert any("below 96 int8 is slower" in str(reason) for reason in why.values())
+        assert all(min(m.in_channels, m.out_channels) >= 96 for m in layers)
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     assert norms == sum(1 for name, r in why.items() if r is not None)  # every other one went into its convolution
     assert min(r.sqnr_db for r in report.quantized) > 35
@@ -140,7 +140,7 @@ def test_reasons():
     assert why(QuantConfig("int4", convolutions=True), nn.Conv2d(**wide)) is None
     assert why(QuantConfig("int4", dynamic_int8=True), nn.Conv2d(**wide)) is None
     assert "a 1 x 1 convolution of 2 groups" in why(ALL, nn.Conv2d(**wide, groups=2))
-    assert "4 to 128 channels: below 128" in why(INT8, nn.Conv2d(4, 128, 1))
+    assert "4 to 128 channels: below 96" in why(INT8, nn.Conv2d(4, 128, 1))
     assert why(ALL, nn.Conv2d(4, 128, 1)) is None
 
     class Other(nn.Conv2d):

@@ -7,9 +7,9 @@ import dataclasses
 import torch
 from torch import nn
 
-from ..kernels.quant_linear.quant_linear_ref import ACTIVATIONS
 from ..ops import _separable as fused
 from ..ops import depthwise_conv2d, quant_linear
+from ..ops.quant_linear import ACTIVATIONS
 from ..quant import PackedWeight, pack
 from .quant_linear import PackedLinear
 

@@ -14,7 +14,8 @@ from ._quant_linear_launch import dequantize_launch, run_fwd, run_sums
 
 _OP = "quant_linear"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_ACTIVATIONS = tuple(quant_linear_ref.ACTIVATIONS)  # their numbers in quant_linear.h
+ACTIVATIONS = quant_linear_ref.ACTIVATIONS  # name -> function
+_ACTIVATIONS = tuple(ACTIVATIONS)  # their numbers in quant_linear.h
 
 
 def _no_codebook(packed, *_):
