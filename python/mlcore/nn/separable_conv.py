@@ -268,7 +268,9 @@ class DepthwiseSeparableConv2d(_Block):
         conv, norm, activation = self.depthwise, self.depthwise_norm, self.depthwise_activation
         word = _ACTIVATIONS.get(type(activation))
         plain = _stock(conv) and not conv._forward_hooks and conv.padding_mode == "zeros" and conv.groups == conv.out_channels
-        if not (plain and _fusable(norm, activation) and not _takes_batch(norm) and serves_filter(x, word)):
+        if not (
+            plain and _fusable(norm, activation) and not _takes_batch(norm) and serves_filter(x, conv.weight[0].numel(), word)
+        ):
             return activation(norm(conv(x)))
         weight, shift = self._packed(self, self._pack_filter)
         left, right, top, bottom = conv._reversed_padding_repeated_twice
