@@ -6,6 +6,7 @@
 #include <cmath>
 #include <vector>
 
+#include "core/pages.h"
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "quant_linear/quant_linear_kernels.h"
@@ -19,6 +20,9 @@ constexpr const char* kOp = "quant_linear";
 constexpr int64_t kPackedFloats = 8 << 20, kPackedIntegers = 768 << 10;
 constexpr int64_t kRowsAtOnce = 480;  // rows whose 64 columns of sums (123 KB) stay in the L2 beside the decoded weights
 constexpr int64_t kGrain = 1 << 12;   // words of packed x that an item should make at least
+// Strips of rows, each packed and multiplied by one thread (by_strips): where the weights stay in a thread's L2, and rows
+// enough to read them from there 48 times.
+constexpr int64_t kStripWeights = 1 << 20, kStripRows = 48;
 thread_local Scratch shared_scratch;  // of the calling thread; its workers get slices
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -101,6 +105,32 @@ void for_items(int64_t items, int64_t floats, float* scratch, F&& body) {
 
 int64_t aligned(int64_t floats) { return ceil_div(floats, 16) * 16; }
 
+// Integer codes that lie ready in the L2: a thread packs a strip of x and multiplies it by all of W, without waiting for
+// others.
+bool takes_strips(const QuantLinear& p) {
+  const bool ready = p.int8 && p.w.bits == 8 && !p.w.codebook8 && p.w.panels * p.w.panel_bytes <= kStripWeights;
+  return ready && p.M >= 2 * p.tile * num_threads();
+}
+
+void by_strips(const QuantLinear& p, const QuantLinearKernels& kernels, int64_t row_floats) {
+  const int64_t threads = num_threads(), turns = ceil_div(p.M, threads * kStripRows);
+  const int64_t rows = ceil_div(ceil_div(p.M, threads * turns), p.tile) * p.tile, tiles = rows / p.tile;
+  const int64_t a_floats = aligned(rows * row_floats), sum_floats = aligned(rows * p.runs);
+  const int64_t work = aligned(std::max(kernels.pack_scratch(p), kernels.run_scratch(p, rows)));
+  const int64_t private_floats = a_floats + sum_floats + aligned(rows) + work;
+  float* scratch = shared_scratch.floats(static_cast<size_t>(threads * private_floats));
+  for_items(ceil_div(p.M, rows), private_floats, scratch, [&](int64_t i, float* s) {
+    QuantLinear strip = p;
+    strip.row0 = i * rows, strip.rows = std::min(rows, p.M - strip.row0);
+    strip.a = reinterpret_cast<char*>(s), strip.sums = reinterpret_cast<int32_t*>(s + a_floats);
+    strip.row_scale = s + a_floats + sum_floats;
+    float* own = strip.row_scale + aligned(rows);
+    const int64_t now = std::min(tiles, ceil_div(strip.rows, p.tile));
+    for (int64_t t = 0; t < now; ++t) kernels.pack(strip, t, own);
+    kernels.run(strip, 0, p.w.panels, 0, now, own);
+  });
+}
+
 void fwd(const DLTensor* x_, const DLTensor* codes, const DLTensor* scales, const DLTensor* zeros, const DLTensor* codebook,
          const DLTensor* bias_, const DLTensor* residual_, int64_t bits, int64_t offset, int64_t group_size, int64_t activation,
          int64_t int8, DLTensor* y_) {
@@ -110,7 +140,7 @@ void fwd(const DLTensor* x_, const DLTensor* codes, const DLTensor* scales, cons
   const int64_t M = x.size(0), N = y.size(1);
   y.shape_is({M, N}, "(M, N)");
   Packed packed(N, x.size(1), codes, scales, zeros, codebook, bits, offset, group_size);
-  require(activation >= 0 && activation <= 4, kOp, ": activation must be 0 to 4; got ", activation);
+  require(activation >= 0 && activation <= 5, kOp, ": activation must be 0 to 5; got ", activation);
   QuantLinear p{};
   p.M = M, p.dtype = x.dtype(), p.activation = activation, p.int8 = int8 != 0, p.vnni = has(Extension::vnni);
   p.x = {x.raw(), x.stride(0)}, p.y = {y.raw(), y.stride(0)};
@@ -129,6 +159,11 @@ void fwd(const DLTensor* x_, const DLTensor* codes, const DLTensor* scales, cons
   const QuantLinearKernels& kernels = quant_linear_kernels_now();
   p.tile = kernels.tile_rows(p);
   const int64_t row_floats = std::max<int64_t>(p.int8 ? p.w.K_padded / 4 : p.w.K_padded, 1);
+  if (takes_strips(p)) {
+    if (p.y.stride == N) prefer_huge_pages(y.raw(), static_cast<size_t>(M * N) * (p.dtype == Dtype::f32 ? 4 : 2));
+    by_strips(p, kernels, row_floats);
+    return shared_scratch.release_if_large();
+  }
   const int64_t fitting = std::min((p.int8 ? kPackedIntegers : kPackedFloats) / 4 / row_floats, kRowsAtOnce);
   const int64_t passes = ceil_div(M, std::max(fitting, 16 * p.tile));
   const int64_t rows = std::min(M, ceil_div(ceil_div(M, passes), p.tile) * p.tile);

@@ -142,7 +142,7 @@ void fwd(const DLTensor* x_, const DLTensor* fragments_, const DLTensor* scales,
   y.shape_is({M, N}, "(M, N)");
   require(codebook == nullptr, kOp, ": the CUDA kernels take no codebook; the Triton kernels do");
   require(bits == 4 || bits == 8, kOp, ": fragments have 4 or 8 bits; got ", bits);
-  require(activation >= 0 && activation <= 4, kOp, ": activation must be 0 to 4; got ", activation);
+  require(activation >= 0 && activation <= 5, kOp, ": activation must be 0 to 5; got ", activation);
   require(M <= INT_MAX / 4 && M <= int64_t{65535} * 64, kOp, ": x must have at most ", 65535 * 64, " rows; got ", M);
   const Vectors w(scales, zeros, N, K, bits, offset, group_size);
   const int64_t padded = (group_size + kChunk - 1) / kChunk * kChunk, tiles = (w.groups * padded + kTile - 1) / kTile;

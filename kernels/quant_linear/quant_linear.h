@@ -18,7 +18,7 @@
 
 #include "mlcore/api.h"
 
-// activation: 0 none, 1 relu, 2 gelu, 3 gelu with tanh, 4 silu. bias and residual may be NULL.
+// activation: 0 none, 1 relu, 2 gelu, 3 gelu with tanh, 4 silu, 5 relu6. bias and residual may be NULL.
 MLC_API int mlc_quant_linear_fwd(const DLTensor* x, const DLTensor* codes, const DLTensor* scales, const DLTensor* zeros,
                                  const DLTensor* codebook, const DLTensor* bias, const DLTensor* residual, int64_t bits,
                                  int64_t offset, int64_t group_size, int64_t activation, int64_t int8, DLTensor* y);

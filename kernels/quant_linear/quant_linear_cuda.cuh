@@ -280,6 +280,7 @@ MLC_DEVICE float activate(int activation, float z) {
     case 2: return 0.5f * z * (1.0f + erff(z * 0.70710678f));
     case 3: return z / (1.0f + expf(-1.5957691216f * z * (1.0f + 0.044715f * z * z)));
     case 4: return z / (1.0f + expf(-z));
+    case 5: return z < 0.0f ? 0.0f : z > 6.0f ? 6.0f : z;
     default: return z;
   }
 }

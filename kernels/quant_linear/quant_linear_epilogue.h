@@ -44,7 +44,7 @@ inline Vec gelu_tanh(Vec x) {
   return sigmoid_times(x, u);
 }
 
-enum Activation : int64_t { kNone, kRelu, kGelu, kGeluTanh, kSilu };
+enum Activation : int64_t { kNone, kRelu, kGelu, kGeluTanh, kSilu, kRelu6 };
 
 inline Vec activate(int64_t activation, Vec x) {
   switch (activation) {
@@ -52,6 +52,7 @@ inline Vec activate(int64_t activation, Vec x) {
     case kGelu: return gelu(x);
     case kGeluTanh: return gelu_tanh(x);
     case kSilu: return sigmoid_times(x, x);
+    case kRelu6: return min(Vec::set1(6.0f), max(Vec::zero(), x));
     default: return x;
   }
 }

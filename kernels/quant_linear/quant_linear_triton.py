@@ -58,7 +58,7 @@ def step_place(i, per_group, group_size, group_padded, K_padded, BITS: tl.conste
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
-    """0 none, 1 relu, 2 gelu, 3 gelu with tanh, 4 silu, of float32."""
+    """0 none, 1 relu, 2 gelu, 3 gelu with tanh, 4 silu, 5 relu6, of float32."""
     if ACTIVATION == 1:
         z = tl.where(z < 0, 0.0, z)
     elif ACTIVATION == 2:
@@ -67,6 +67,8 @@ def activate(z, ACTIVATION: tl.constexpr):
         z = z / (1.0 + tl.exp(-1.5957691216057308 * z * (1.0 + 0.044715 * z * z)))
     elif ACTIVATION == 4:
         z = z / (1.0 + tl.exp(-z))
+    elif ACTIVATION == 5:
+        z = tl.where(z < 0, 0.0, tl.where(z > 6, 6.0, z))
     return z
 
 

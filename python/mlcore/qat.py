@@ -7,10 +7,17 @@ from collections.abc import Callable
 import torch
 
 from . import nn
+from ._fold import followers
 from ._quant_report import LayerReport, QuantReport, layer_report
-from .quantization import QuantConfig, choose, low_bit
+from .quantization import QuantConfig, choose, low_bit, replace
 
-_FAKE = {torch.nn.Linear: nn.FakeQuantLinear, torch.nn.Embedding: nn.FakeQuantEmbedding}
+_FAKE = {
+    torch.nn.Linear: nn.FakeQuantLinear,
+    torch.nn.Embedding: nn.FakeQuantEmbedding,
+    torch.nn.Conv2d: nn.FakeQuantConv2d,
+    nn.DepthwiseConv2d: nn.FakeQuantConv2d,
+}
+_FAKES = tuple(set(_FAKE.values()))
 
 
 def prepare_qat(
@@ -20,7 +27,7 @@ def prepare_qat(
     *,
     learn_scales: bool = False,
 ) -> QuantReport:
-    """Makes linear (and, if the config says so, embedding) layers of a model compute what their low-bit successors will, in
+    """Makes the layers of a model that quantize() would replace compute what their low-bit successors will, in
     place: each call rounds the weight, and the input where the config asks for integer inputs; gradients go straight through.
 
     A layer keeps its identity, parameters, hooks and state_dict keys; only its class changes, so that an optimizer made before
@@ -58,12 +65,13 @@ def prepare_qat(
 
 
 def convert(model: torch.nn.Module, *, measure_rows: int | None = None) -> QuantReport:
-    """Replaces the layers that prepare_qat prepared by QuantLinear and QuantEmbedding, in place. The model then computes what
-    it did in training, from packed weights.
+    """Replaces the layers that prepare_qat prepared by QuantLinear, QuantEmbedding and QuantConv2d, in place. The model then
+    computes what it did in training, from packed weights; after model.eval() convolutions take over their batch norms and
+    activations, as in quantize().
 
     Args:
         model: any module that prepare_qat has seen.
-        measure_rows: times each layer, in floating point and packed, with so many rows of input.
+        measure_rows: times each layer, in floating point and packed, with so many rows (pixels) of input.
 
     Returns:
         Of each layer, as quantize(): the weight before is the trained one.
@@ -71,19 +79,18 @@ def convert(model: torch.nn.Module, *, measure_rows: int | None = None) -> Quant
     Raises:
         ValueError: model has no prepared layer, or a trained weight or scale isn't finite.
     """
-    prepared = [
-        name for name, module in model.named_modules() if isinstance(module, nn.FakeQuantLinear | nn.FakeQuantEmbedding)
-    ]
+    prepared = [name for name, module in model.named_modules() if isinstance(module, _FAKES)]
     if not prepared or "" in prepared:
         raise ValueError(f"convert: model must hold layers that prepare_qat prepared; got {type(model).__name__}")
-    report, layers = QuantReport(), {}
+    report, layers, parts = QuantReport(), {}, followers(model)
     for name in prepared:  # all are packed before one is replaced: a bad weight changes nothing
         module = model.get_submodule(name)
         if not bool(module.weight.isfinite().all()):
             raise ValueError(f"convert: the weight of {name} must be finite; got NaN or infinity")
         packed = module.rounded().pack()
-        layers[name] = low_bit(module, packed, module.quant_config)
-        report.layers.append(layer_report(name, module, packed, None, layers[name], measure_rows))
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
+        norm, activation, absorbed = parts.get(module, (None, None, ()))
+        layers[name] = low_bit(module, packed, module.quant_config, None, norm, activation), absorbed
+        report.layers.append(layer_report(name, module, packed, None, layers[name][0], measure_rows))
+    for name, (layer, absorbed) in layers.items():
+        replace(model, name, layer, absorbed)
     return report

@@ -58,7 +58,7 @@ def check_numerics(impl, packed, activation, inputs):
 PROBLEMS = [((1, 33, 70, 32), None), ((7, 40, 300, 128), "relu"), ((3, 1, 1, None), "gelu"), ((130, 65, 40, 9), "gelu_tanh")]
 
 
-@pytest.mark.parametrize("problem, activation", [*PROBLEMS, ((9, 37, 50, 16), "silu")], ids=str)
+@pytest.mark.parametrize("problem, activation", [*PROBLEMS, ((9, 37, 50, 16), "silu"), ((5, 18, 40, None), "relu6")], ids=str)
 @pytest.mark.parametrize("name, dtype", CASES)
 def test_matches_float64(name, dtype, problem, activation):
     M, N, K, group = problem

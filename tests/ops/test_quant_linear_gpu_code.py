@@ -39,7 +39,7 @@ if gpu_code.INTERPRETING:
             packed = pack(torch.randn(N, K), format, group_size=group, symmetric=symmetric)
             inputs = suite.make(M, N, K)
             for dynamic_int8 in (False, True):
-                activation = tuple(ACTIVATIONS)[(number + dynamic_int8) % 5]
+                activation = tuple(ACTIVATIONS)[(number + dynamic_int8) % len(ACTIVATIONS)]
                 args = {"packed": packed, "activation": activation, "dynamic_int8": dynamic_int8}
                 want = quant_linear(**inputs, **args, impl="reference")
                 got = quant_linear(**inputs, **args, impl="triton")
@@ -211,7 +211,7 @@ if not gpu_code.INTERPRETING:
             ({"group_size": 0}, "group_size must be at least 1; got 0"),
             ({"offset": 256}, "offset must be 0 to 255; got 256"),
             ({"codebook": torch.zeros(1, 16)}, "the CUDA kernels take no codebook"),
-            ({"activation": 5}, "activation must be 0 to 4; got 5"),
+            ({"activation": 6}, "activation must be 0 to 5; got 6"),
         ]:
             args = {"x": x, "codes": codes, "scales": scales, "zeros": None, "codebook": None, "bias": None, "residual": None}
             args |= {"bits": 4, "offset": 8, "group_size": 40, "activation": 0, "int8": 0, "y": y} | change

@@ -78,7 +78,8 @@ class MlcoreConfig(QuantizationConfigMixin):
 
     def quant_config(self) -> QuantConfig:
         names = ("group_size", "symmetric", "entries", "method", "percentile", "dynamic_int8", "embeddings")
-        return QuantConfig(self.format or f"int{self.bits}", **{name: getattr(self, name) for name in names})
+        given = {name: getattr(self, name) for name in names}
+        return QuantConfig(self.format or f"int{self.bits}", **given, convolutions=False)  # MlcoreConfig can't describe them
 
 
 def _description(module: PackedModule) -> dict:
@@ -210,13 +211,15 @@ def attach(model) -> None:
     quantized: its config says how each low-bit layer is stored.
 
     Raises:
-        ValueError: model is no transformers model, or has no low-bit layer.
+        ValueError: model is no transformers model, has no low-bit layer, or a low-bit convolution, which has no description.
     """
     import transformers
 
     layers = _layers(model) if isinstance(model, transformers.PreTrainedModel) else {}
     if not layers:
         raise ValueError(f"attach: model must be a transformers model with low-bit layers; got {type(model).__name__}")
+    if convolutions := [name for name in layers if isinstance(model.get_submodule(name), nn.QuantConv2d)]:
+        raise ValueError(f"attach: model must have no low-bit convolutions; got {', '.join(convolutions)}")
     config = MlcoreConfig(layers=layers)
     model.hf_quantizer = MlcoreQuantizer(config, pre_quantized=False)
     model.config.quantization_config = config

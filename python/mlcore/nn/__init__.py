@@ -7,6 +7,7 @@ from .binary_linear import BinaryLinear, PackedBinaryLinear
 from .causal_conv1d import CausalConv1d
 from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d
 from .fake_quant import FakeQuantEmbedding, FakeQuantLinear
+from .fake_quant_conv2d import FakeQuantConv2d
 from .gathered_attention import ReformerAttention, RoutingAttention, SinkhornAttention
 from .layer_norm import LayerNorm
 from .linear_attention import DeltaNet, GatedLinearAttention, LinearAttention, RandomFeatures, RetentionLayer
@@ -23,6 +24,7 @@ from .pattern_attention import (
 )
 from .pooling import MinPool2d, pool2d
 from .positional_encoding import LearnedEncoding, RotaryEncoding, SinusoidalEncoding
+from .quant_conv2d import QuantConv2d
 from .quant_embedding import QuantEmbedding
 from .quant_linear import QuantLinear
 from .rms_norm import RMSNorm
@@ -45,6 +47,7 @@ __all__ = [
     "DepthwiseConv2d",
     "DepthwiseConv3d",
     "DepthwiseSeparableConv2d",
+    "FakeQuantConv2d",
     "FakeQuantEmbedding",
     "FakeQuantLinear",
     "FourierMixing",
@@ -66,6 +69,7 @@ __all__ = [
     "PackedBinaryLinear",
     "PatternAttention",
     "PointwiseConv2d",
+    "QuantConv2d",
     "QuantEmbedding",
     "QuantLinear",
     "RMSNorm",

@@ -55,28 +55,32 @@ class _LearnedStep(torch.autograd.Function):
 class FakeQuant:
     """What fake-quantized layers share: `quant_config`, and `scales` (N, G), `zeros` (N, G) where scales are learned."""
 
+    def matrix(self) -> torch.Tensor:
+        """The weight as it is packed, (N, K)."""
+        return self.weight
+
     def rounded(self) -> Rounded:
         """The weight in codes, as convert would pack it now."""
         config = self.quant_config
         if getattr(self, "scales", None) is None:
-            return config.rounded(self.weight.detach())
-        bits, K = int(config.format[3:]), self.weight.shape[1]
+            return config.rounded(self.matrix().detach())
+        bits, K = int(config.format[3:]), self.matrix().shape[1]
         size = max(K, 1) if config.group_size is None else min(config.group_size, max(K, 1))
         scales, low = self.scales.detach(), spread(self.zeros, size, K)
-        codes = (_quotient(self.weight.detach().float(), scales, size).round() + low).clamp(0, 2**bits - 1)
+        codes = (_quotient(self.matrix().detach().float(), scales, size).round() + low).clamp(0, 2**bits - 1)
         return Rounded(codes, scales, bits, size, None if config.symmetric else self.zeros)
 
     def fake_weight(self, integer_inputs: bool = False) -> torch.Tensor:
         """What is left of the weight, (N, K) float32, with gradients."""
         rounded = self.rounded()
         if getattr(self, "scales", None) is not None:
-            return _LearnedStep.apply(self.weight, self.scales, rounded.codes, self.zeros, rounded.bits, rounded.group_size)
+            return _LearnedStep.apply(self.matrix(), self.scales, rounded.codes, self.zeros, rounded.bits, rounded.group_size)
         if integer_inputs and rounded.codebook is not None:
             rounded = dataclasses.replace(rounded, codebook=round_codebook(rounded.codebook))
-        return _Straight.apply(self.weight, rounded.dequantize())
+        return _Straight.apply(self.matrix(), rounded.dequantize())
 
     def learn_scales(self) -> None:
-        rounded = self.quant_config.rounded(self.weight.detach())
+        rounded = self.quant_config.rounded(self.matrix().detach())
         half = torch.full_like(rounded.scales, 2 ** (rounded.bits - 1))
         self.scales = torch.nn.Parameter(rounded.scales.clone())
         self.register_buffer("zeros", half if rounded.zeros is None else rounded.zeros.float())

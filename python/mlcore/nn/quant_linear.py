@@ -84,14 +84,42 @@ def _check_input_scale(scale: torch.Tensor, packed: PackedWeight) -> None:
         raise ValueError(f"QuantLinear: input_scale must be finite float32 ({K},); got {scale.dtype} {tuple(scale.shape)}")
 
 
-class QuantLinear(PackedModule):
+class PackedLinear(PackedModule):
+    """What layers with a packed weight (N, K), a bias (N), an activation and maybe an input_scale (K) share."""
+
+    def _build(self, packed, bias, activation, dynamic_int8, input_scale=None) -> None:
+        super().__init__()
+        self.packed = packed
+        self.register_parameter("bias", bias)
+        self.register_buffer("input_scale", input_scale)
+        self.activation, self.dynamic_int8 = activation, dynamic_int8
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        if prefix + "form" in state_dict:
+            scale = state_dict.get(prefix + "input_scale")
+            try:
+                if scale is not None:
+                    _check_input_scale(scale, self.packed)
+                self.input_scale = None if scale is None else scale.to(self.codes.device, copy=True)
+            except ValueError as error:
+                rest[-1].append(f"{prefix}: {error}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _format_words(self) -> list[str]:
+        p = self.packed
+        words = [f"{p.format}, bits={p.bits}, group_size={p.group_size}"] + ["zeros"] * (p.zeros is not None)
+        return words + ["dynamic_int8"] * self.dynamic_int8 + ["input_scale"] * (self.input_scale is not None)
+
+
+class QuantLinear(PackedLinear):
     """torch.nn.Linear with a weight of 1 to 8 bits: y = activation(x W^T + bias). The weight is fixed, bias can be trained, and
     gradients reach x.
 
     Args:
         in_features, out_features, bias: as torch.nn.Linear's; the weight is initialized as there, then packed.
         format, group_size, symmetric: as mlcore.quant.pack's.
-        activation: None, "relu", "gelu", "gelu_tanh" or "silu", fused.
+        activation: None, "relu", "gelu", "gelu_tanh", "silu" or "relu6", fused.
         dynamic_int8: x is rounded to int8 by rows (see mlcore.ops.quant_linear).
 
     Shape: x (..., in_features), y (..., out_features).
@@ -116,13 +144,6 @@ class QuantLinear(PackedModule):
         linear = torch.nn.Linear(in_features, out_features, bias, device=device)
         packed = pack(linear.weight, format, group_size=group_size, symmetric=symmetric)
         self._build(packed, linear.bias, activation, dynamic_int8)
-
-    def _build(self, packed, bias, activation, dynamic_int8, input_scale=None) -> None:
-        super().__init__()
-        self.packed = packed
-        self.register_parameter("bias", bias)
-        self.register_buffer("input_scale", input_scale)
-        self.activation, self.dynamic_int8 = activation, dynamic_int8
 
     @classmethod
     def from_packed(
@@ -169,26 +190,11 @@ class QuantLinear(PackedModule):
     def out_features(self) -> int:
         return self.packed.shape[0]
 
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
-        if prefix + "form" in state_dict:
-            scale = state_dict.get(prefix + "input_scale")
-            try:
-                if scale is not None:
-                    _check_input_scale(scale, self.packed)
-                self.input_scale = None if scale is None else scale.to(self.codes.device, copy=True)
-            except ValueError as error:
-                rest[-1].append(f"{prefix}: {error}")
-                return
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if self.input_scale is not None:
             x = x * self.input_scale.to(x.dtype)
         return quant_linear(x, self.packed, self.bias, self.activation, residual=residual, dynamic_int8=self.dynamic_int8)
 
     def extra_repr(self) -> str:
-        p = self.packed
         parts = [f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"]
-        parts.append(f"{p.format}, bits={p.bits}, group_size={p.group_size}")
-        parts += ["zeros"] * (p.zeros is not None) + ["dynamic_int8"] * self.dynamic_int8
-        return ", ".join(parts + ["input_scale"] * (self.input_scale is not None))
+        return ", ".join(parts + self._format_words())

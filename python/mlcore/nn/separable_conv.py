@@ -7,6 +7,7 @@ from torch import nn
 
 from .. import ops
 from .depthwise_conv import DepthwiseConv2d
+from .quant_conv2d import QuantConv2d, filtered, norm_affine, serves_filter
 
 _ACTIVATIONS = {nn.Identity: None, nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,6 +22,11 @@ def _batch_norm(norm, training):
         norm.num_batches_tracked.add_(1)
     moments = (norm.running_mean, norm.running_var)
     return ops.BatchNorm(norm.weight, norm.bias, *moments, training, norm.momentum, norm.eps)
+
+
+def _stock(conv):
+    """Whether conv is a convolution by its float weight and nothing else: low-bit layers and their training aren't."""
+    return type(conv) in (nn.Conv2d, DepthwiseConv2d)
 
 
 def _takes_batch(norm):
@@ -93,7 +99,7 @@ class ConvNorm2d(nn.Sequential):
         if _takes_batch(norm):
             x = x.contiguous(memory_format=torch.channels_last)
             return ops.batch_norm2d(conv(x), _batch_norm(norm, True), activation=_ACTIVATIONS[type(activation)])
-        narrow = conv.weight[0].numel() <= _PATCH and conv.groups == 1 and conv.padding_mode == "zeros"
+        narrow = _stock(conv) and conv.weight[0].numel() <= _PATCH and conv.groups == 1 and conv.padding_mode == "zeros"
         if not narrow or not _inference(x):
             return super().forward(x)
         return self._packed(self, self._pack)(x)
@@ -116,9 +122,19 @@ class _Block(nn.Module):
 
     def _whole(self, x):
         """True where everything runs as one op with folded weights: inference on the CPU."""
-        return (
-            _inference(x) and not _takes_batch(self.pointwise_norm) and _fusable(self.pointwise_norm, self.pointwise_activation)
-        )
+        known = _stock(self.pointwise) and not _takes_batch(self.pointwise_norm)
+        return known and _inference(x) and _fusable(self.pointwise_norm, self.pointwise_activation)
+
+    def _mix(self, h, residual):
+        """The second half as its layers say."""
+        after = self.pointwise_norm, self.pointwise_activation
+        if (
+            type(self.pointwise) is QuantConv2d
+            and all(type(m) is nn.Identity for m in after)
+            and not self.pointwise._forward_hooks
+        ):
+            return self.pointwise(h, residual)
+        return self._finish(self.pointwise(h), residual)
 
     def _finish(self, z, residual):
         y = self.pointwise_activation(self.pointwise_norm(z))
@@ -126,7 +142,7 @@ class _Block(nn.Module):
 
     def _trained(self):
         """The op's arguments behind the second convolution where it serves its norm by the batch's moments; None else."""
-        if self.pointwise._forward_hooks or not _takes_batch(self.pointwise_norm):
+        if self.pointwise._forward_hooks or not _stock(self.pointwise) or not _takes_batch(self.pointwise_norm):
             return None
         if not _fusable(self.pointwise_norm, self.pointwise_activation):
             return None
@@ -157,7 +173,7 @@ class PointwiseConv2d(_Block):
             return self._packed(self, self._pack)(x, residual)
         words = self._trained()
         if words is None:
-            return self._finish(self.pointwise(x), residual)
+            return self._mix(x, residual)
         return ops.separable_conv2d(x, None, self.pointwise.weight, None, self.pointwise.bias, **words, residual=residual)
 
     def _pack(self):
@@ -229,9 +245,13 @@ class DepthwiseSeparableConv2d(_Block):
         if residual is None and self.residual:
             residual = x
         conv, hooked = self.depthwise, self.depthwise._forward_hooks or self.pointwise._forward_hooks
-        if hooked or not _fusable(self.depthwise_norm, self.depthwise_activation):
-            h = self.depthwise_activation(self.depthwise_norm(conv(x)))
-            return self._finish(self.pointwise(h), residual)
+        if (
+            hooked
+            or not _stock(conv)
+            or not _stock(self.pointwise)
+            or not _fusable(self.depthwise_norm, self.depthwise_activation)
+        ):
+            return self._mix(self._filter(x), residual)
         training = _takes_batch(self.depthwise_norm)
         if not training and self._whole(x):
             return self._packed(self, self._pack)(x, residual)
@@ -242,6 +262,26 @@ class DepthwiseSeparableConv2d(_Block):
         if words is None:
             return self._finish(ops.separable_conv2d(x, *weights, *numbers, norm=norm, activation=f), residual)
         return ops.separable_conv2d(x, *weights, *numbers, norm=norm, activation=f, **words, residual=residual)
+
+    def _filter(self, x):
+        """The first half as its layers say; in one pass where the second is a low-bit layer."""
+        conv, norm, activation = self.depthwise, self.depthwise_norm, self.depthwise_activation
+        word = _ACTIVATIONS.get(type(activation))
+        plain = _stock(conv) and not conv._forward_hooks and conv.padding_mode == "zeros" and conv.groups == conv.out_channels
+        if not (
+            plain and _fusable(norm, activation) and not _takes_batch(norm) and serves_filter(x, conv.weight[0].numel(), word)
+        ):
+            return activation(norm(conv(x)))
+        weight, shift = self._packed(self, self._pack_filter)
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        return filtered(x, weight, shift, conv.stride, (top, bottom, left, right), conv.dilation, word)
+
+    def _pack_filter(self):
+        conv, weight, shift = self.depthwise, self.depthwise.weight.detach().squeeze(1).float(), self.depthwise.bias
+        if type(self.depthwise_norm) is nn.BatchNorm2d:
+            scale, moved = norm_affine(self.depthwise_norm)
+            weight, shift = weight * scale[:, None, None], moved if conv.bias is None else moved + conv.bias.float() * scale
+        return weight.contiguous(), None if shift is None else shift.detach().float()
 
     def _pack(self):
         conv, norms = self.depthwise, (_batch_norm(n, False) for n in (self.depthwise_norm, self.pointwise_norm))

@@ -147,6 +147,10 @@ def forward(x, depthwise, residual, *rest):
     return (_run_fwd if direct(x, depthwise, residual) else _fwd)(x, depthwise, *rest[:3], rest[3], residual, *rest[4:])
 
 
+def hidden(x, *rest):
+    return (_run_hidden if direct(x) else _hidden)(x, *rest)
+
+
 def moments_of(x, depthwise, numbers, impl):
     return (_run_moments if direct(x, depthwise) else _moments)(x, depthwise, numbers, impl)
 

@@ -14,7 +14,8 @@ from ._quant_linear_launch import dequantize_launch, run_fwd, run_sums
 
 _OP = "quant_linear"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_ACTIVATIONS = tuple(quant_linear_ref.ACTIVATIONS)  # their numbers in quant_linear.h
+ACTIVATIONS = quant_linear_ref.ACTIVATIONS  # name -> function
+_ACTIVATIONS = tuple(ACTIVATIONS)  # their numbers in quant_linear.h
 
 
 def _no_codebook(packed, *_):
@@ -60,6 +61,8 @@ _dequantize = register(
 def _activation_backward(dy, z, activation):
     if activation == "relu":
         return torch.ops.aten.threshold_backward(dy, z, 0)
+    if activation == "relu6":
+        return torch.ops.aten.hardtanh_backward(dy, z, 0, 6)
     if activation == "silu":
         s = z.sigmoid()  # aten's silu_backward has no derivative
         return dy * s * (1 + z * (1 - s))
@@ -180,7 +183,7 @@ def quant_linear(
         x: (..., K), float32, bfloat16 or float16 (float64 and other devices: the reference). Any strides.
         packed: the weight (N, K), see mlcore.quant.pack.
         bias: (N), any floating dtype.
-        activation: None, "relu", "gelu", "gelu_tanh" or "silu".
+        activation: None, "relu", "gelu", "gelu_tanh", "silu" or "relu6".
         residual: (..., N) of x's dtype; added last.
         dynamic_int8: False: products of x as it is with the dequantized weight, sums in float32. True: each row of x is rounded
             to 127ths of its largest magnitude first, sums of a group are exact integers (Dettmers et al. 2022, LLM.int8(),
