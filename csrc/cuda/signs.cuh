@@ -233,35 +233,54 @@ inline SignProduct product_of(const char* op, const SignPanels& w, int64_t M, co
   return p;
 }
 
-// A row of x (M, K) a warp: its words, and the mean of its magnitudes.
-template <class T>
+// kWarps warps of a block share a row of x (M, K): its words, and the mean of its magnitudes.
+template <class T, int kWarps>
 __global__ void __launch_bounds__(kSignThreads)
     binary_pack_rows(const T* x, int64_t stride, int64_t M, int K, uint32_t* words, float* scale) {
-  const int64_t m = int64_t{blockIdx.x} * (kSignThreads / 32) + threadIdx.x / 32;
-  if (m >= M) return;
-  const int lane = threadIdx.x % 32, count = (K + 31) / 32;
+  constexpr int kRows = kSignThreads / 32 / kWarps, kAtOnce = 4;  // loads in flight
+  __shared__ float sums[kWarps];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = warp % kWarps, count = (K + 31) / 32;
+  const int64_t m = int64_t{blockIdx.x} * kRows + warp / kWarps;
+  if (m >= M) return;  // never one warp of a row without the others
   float total = 0.0f;
-  for (int w = 0; w < count; ++w) {
-    const int k = 32 * w + sign_of_lane(lane);
-    const float v = k < K ? to_float(x[m * stride + k]) : 0.0f;
-    const uint32_t word = __ballot_sync(~0u, k < K && !(v < 0.0f));
-    if (lane == 0) words[m * count + w] = word;
-    total += fabsf(v);
+  for (int first = part; first < count; first += kAtOnce * kWarps) {
+    float v[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int k = 32 * (first + j * kWarps) + sign_of_lane(lane);
+      v[j] = k < K ? to_float(x[m * stride + k]) : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int w = first + j * kWarps;
+      const uint32_t word = __ballot_sync(~0u, 32 * w + sign_of_lane(lane) < K && !(v[j] < 0.0f));
+      if (lane == 0 && w < count) words[m * count + w] = word;
+      total += fabsf(v[j]);
+    }
   }
   if (scale == nullptr) return;
   total = warp_sum(total);
-  if (lane == 0) scale[m] = total / static_cast<float>(max(K, 1));
+  if constexpr (kWarps > 1) {
+    if (lane == 0) sums[part] = total;
+    __syncthreads();
+    total = 0.0f;
+    for (int i = 0; i < kWarps; ++i) total += sums[i];
+  }
+  if (part == 0 && lane == 0) scale[m] = total / static_cast<float>(max(K, 1));
 }
 
 inline void launch_pack_rows(const char* op, const void* x, Dtype dtype, int64_t stride, int64_t M, int64_t K, uint32_t* words,
                              float* scale, void* stream) {
   if (M == 0) return;
-  const dim3 grid = grid_of(op, M, kSignThreads / 32);
   const int columns = checked_int(op, "the number of signs", K);
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    MLC_LAUNCH((binary_pack_rows<T>), grid, dim3(kSignThreads), 0, stream, static_cast<const T*>(x), stride, M, columns, words,
-               scale);
+    const T* from = static_cast<const T*>(x);
+    const dim3 threads(kSignThreads);
+    if (K >= 1024)
+      MLC_LAUNCH((binary_pack_rows<T, 4>), grid_of(op, M), threads, 0, stream, from, stride, M, columns, words, scale);
+    else
+      MLC_LAUNCH((binary_pack_rows<T, 1>), grid_of(op, M, 4), threads, 0, stream, from, stride, M, columns, words, scale);
   });
 }
 
