@@ -136,36 +136,10 @@ MLC_DEVICE void store_result(const SignProduct& p, int m, int n, float v) {
 // Sign k of a word is its bit 8 (k % 4) + k / 4: where lane i looks for its sign, a ballot is the word.
 MLC_DEVICE int sign_of_lane(int lane) { return lane % 8 * 4 + lane / 8; }
 
+// The warps' counts meet in shared memory, sums (kSlices, kRows, kPitch), and become results.
 template <class Source, int MT>
-__global__ void __launch_bounds__(kSignThreads) binary_product(const SignProduct p, const Source source) {
+MLC_DEVICE void finish_tile(const SignProduct& p, const int (&c)[MT][4][4], const int* terms, int* sums, int m0, int n0) {
   using Tile = SignTile<Source, MT>;
-  MLC_DYNAMIC_SMEM(unsigned char, smem);
-  __shared__ typename Source::Row rows[Tile::kRows];
-  __shared__ int terms[Tile::kRows];
-  auto* stages = reinterpret_cast<typename Tile::Stage*>(smem);
-  const int across = (p.N + Tile::kColumns - 1) / Tile::kColumns;
-  const int m0 = blockIdx.x / across * Tile::kRows, n0 = blockIdx.x % across * Tile::kColumns;
-  for (int i = threadIdx.x; i < Tile::kRows; i += kSignThreads)
-    rows[i] = source.row(m0 + i, p.M), terms[i] = source.terms(rows[i]);
-  __syncthreads();
-  constexpr int kWords = Tile::kSlices * kSignWords;
-  const int steps = (p.words + kWords - 1) / kWords;
-  int c[MT][4][4] = {};
-  for (int s = 0; s < kSignStages - 1; ++s) {
-    if (s < steps) load_stage<Source, MT>(p, source, rows, stages[s], s, n0);
-    cp_async_commit();
-  }
-  for (int step = 0; step < steps; ++step) {
-    cp_async_wait<kSignStages - 2>();
-    __syncthreads();  // this step's stage is whole, and the last one's is free
-    const int next = step + kSignStages - 1;
-    if (next < steps) load_stage<Source, MT>(p, source, rows, stages[next % kSignStages], next, n0);
-    cp_async_commit();
-    count_stage<Source, MT>(p, source, stages[step % kSignStages], step, c);
-  }
-  cp_async_wait<0>();
-  __syncthreads();
-  int* sums = reinterpret_cast<int*>(smem);  // (kSlices, kRows, kPitch)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int slice = warp % Tile::kSlices, column = warp / Tile::kSlices * 32;
 #pragma unroll
@@ -199,6 +173,38 @@ __global__ void __launch_bounds__(kSignThreads) binary_product(const SignProduct
     const int row = planes ? i % Tile::kRows : i / Tile::kColumns, n = n0 + (planes ? i / Tile::kRows : i % Tile::kColumns);
     if (m0 + row < p.M && n < p.N) store_result(p, m0 + row, n, result(row, n));
   }
+}
+
+template <class Source, int MT>
+__global__ void __launch_bounds__(kSignThreads) binary_product(const SignProduct p, const Source source) {
+  using Tile = SignTile<Source, MT>;
+  MLC_DYNAMIC_SMEM(unsigned char, smem);
+  __shared__ typename Source::Row rows[Tile::kRows];
+  __shared__ int terms[Tile::kRows];
+  auto* stages = reinterpret_cast<typename Tile::Stage*>(smem);
+  const int across = (p.N + Tile::kColumns - 1) / Tile::kColumns;
+  const int m0 = blockIdx.x / across * Tile::kRows, n0 = blockIdx.x % across * Tile::kColumns;
+  for (int i = threadIdx.x; i < Tile::kRows; i += kSignThreads)
+    rows[i] = source.row(m0 + i, p.M), terms[i] = source.terms(rows[i]);
+  __syncthreads();
+  constexpr int kWords = Tile::kSlices * kSignWords;
+  const int steps = (p.words + kWords - 1) / kWords;
+  int c[MT][4][4] = {};
+  for (int s = 0; s < kSignStages - 1; ++s) {
+    if (s < steps) load_stage<Source, MT>(p, source, rows, stages[s], s, n0);
+    cp_async_commit();
+  }
+  for (int step = 0; step < steps; ++step) {
+    cp_async_wait<kSignStages - 2>();
+    __syncthreads();  // this step's stage is whole, and the last one's is free
+    const int next = step + kSignStages - 1;
+    if (next < steps) load_stage<Source, MT>(p, source, rows, stages[next % kSignStages], next, n0);
+    cp_async_commit();
+    count_stage<Source, MT>(p, source, stages[step % kSignStages], step, c);
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+  finish_tile<Source, MT>(p, c, terms, reinterpret_cast<int*>(smem), m0, n0);
 }
 
 template <class Source, int MT>
