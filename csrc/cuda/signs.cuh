@@ -136,36 +136,10 @@ MLC_DEVICE void store_result(const SignProduct& p, int m, int n, float v) {
 // Sign k of a word is its bit 8 (k % 4) + k / 4: where lane i looks for its sign, a ballot is the word.
 MLC_DEVICE int sign_of_lane(int lane) { return lane % 8 * 4 + lane / 8; }
 
+// The warps' counts meet in shared memory, sums (kSlices, kRows, kPitch), and become results.
 template <class Source, int MT>
-__global__ void __launch_bounds__(kSignThreads) binary_product(const SignProduct p, const Source source) {
+MLC_DEVICE void finish_tile(const SignProduct& p, const int (&c)[MT][4][4], const int* terms, int* sums, int m0, int n0) {
   using Tile = SignTile<Source, MT>;
-  MLC_DYNAMIC_SMEM(unsigned char, smem);
-  __shared__ typename Source::Row rows[Tile::kRows];
-  __shared__ int terms[Tile::kRows];
-  auto* stages = reinterpret_cast<typename Tile::Stage*>(smem);
-  const int across = (p.N + Tile::kColumns - 1) / Tile::kColumns;
-  const int m0 = blockIdx.x / across * Tile::kRows, n0 = blockIdx.x % across * Tile::kColumns;
-  for (int i = threadIdx.x; i < Tile::kRows; i += kSignThreads)
-    rows[i] = source.row(m0 + i, p.M), terms[i] = source.terms(rows[i]);
-  __syncthreads();
-  constexpr int kWords = Tile::kSlices * kSignWords;
-  const int steps = (p.words + kWords - 1) / kWords;
-  int c[MT][4][4] = {};
-  for (int s = 0; s < kSignStages - 1; ++s) {
-    if (s < steps) load_stage<Source, MT>(p, source, rows, stages[s], s, n0);
-    cp_async_commit();
-  }
-  for (int step = 0; step < steps; ++step) {
-    cp_async_wait<kSignStages - 2>();
-    __syncthreads();  // this step's stage is whole, and the last one's is free
-    const int next = step + kSignStages - 1;
-    if (next < steps) load_stage<Source, MT>(p, source, rows, stages[next % kSignStages], next, n0);
-    cp_async_commit();
-    count_stage<Source, MT>(p, source, stages[step % kSignStages], step, c);
-  }
-  cp_async_wait<0>();
-  __syncthreads();
-  int* sums = reinterpret_cast<int*>(smem);  // (kSlices, kRows, kPitch)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int slice = warp % Tile::kSlices, column = warp / Tile::kSlices * 32;
 #pragma unroll
@@ -202,6 +176,38 @@ __global__ void __launch_bounds__(kSignThreads) binary_product(const SignProduct
 }
 
 template <class Source, int MT>
+__global__ void __launch_bounds__(kSignThreads) binary_product(const SignProduct p, const Source source) {
+  using Tile = SignTile<Source, MT>;
+  MLC_DYNAMIC_SMEM(unsigned char, smem);
+  __shared__ typename Source::Row rows[Tile::kRows];
+  __shared__ int terms[Tile::kRows];
+  auto* stages = reinterpret_cast<typename Tile::Stage*>(smem);
+  const int across = (p.N + Tile::kColumns - 1) / Tile::kColumns;
+  const int m0 = blockIdx.x / across * Tile::kRows, n0 = blockIdx.x % across * Tile::kColumns;
+  for (int i = threadIdx.x; i < Tile::kRows; i += kSignThreads)
+    rows[i] = source.row(m0 + i, p.M), terms[i] = source.terms(rows[i]);
+  __syncthreads();
+  constexpr int kWords = Tile::kSlices * kSignWords;
+  const int steps = (p.words + kWords - 1) / kWords;
+  int c[MT][4][4] = {};
+  for (int s = 0; s < kSignStages - 1; ++s) {
+    if (s < steps) load_stage<Source, MT>(p, source, rows, stages[s], s, n0);
+    cp_async_commit();
+  }
+  for (int step = 0; step < steps; ++step) {
+    cp_async_wait<kSignStages - 2>();
+    __syncthreads();  // this step's stage is whole, and the last one's is free
+    const int next = step + kSignStages - 1;
+    if (next < steps) load_stage<Source, MT>(p, source, rows, stages[next % kSignStages], next, n0);
+    cp_async_commit();
+    count_stage<Source, MT>(p, source, stages[step % kSignStages], step, c);
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+  finish_tile<Source, MT>(p, c, terms, reinterpret_cast<int*>(smem), m0, n0);
+}
+
+template <class Source, int MT>
 void launch_tile(const char* op, const SignProduct& p, const Source& source, void* stream) {
   using Tile = SignTile<Source, MT>;
   constexpr size_t kSums = sizeof(int) * Tile::kSlices * Tile::kRows * Tile::kPitch;
@@ -233,35 +239,54 @@ inline SignProduct product_of(const char* op, const SignPanels& w, int64_t M, co
   return p;
 }
 
-// A row of x (M, K) a warp: its words, and the mean of its magnitudes.
-template <class T>
+// kWarps warps of a block share a row of x (M, K): its words, and the mean of its magnitudes.
+template <class T, int kWarps>
 __global__ void __launch_bounds__(kSignThreads)
     binary_pack_rows(const T* x, int64_t stride, int64_t M, int K, uint32_t* words, float* scale) {
-  const int64_t m = int64_t{blockIdx.x} * (kSignThreads / 32) + threadIdx.x / 32;
-  if (m >= M) return;
-  const int lane = threadIdx.x % 32, count = (K + 31) / 32;
+  constexpr int kRows = kSignThreads / 32 / kWarps, kAtOnce = 4;  // loads in flight
+  __shared__ float sums[kWarps];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = warp % kWarps, count = (K + 31) / 32;
+  const int64_t m = int64_t{blockIdx.x} * kRows + warp / kWarps;
+  if (m >= M) return;  // never one warp of a row without the others
   float total = 0.0f;
-  for (int w = 0; w < count; ++w) {
-    const int k = 32 * w + sign_of_lane(lane);
-    const float v = k < K ? to_float(x[m * stride + k]) : 0.0f;
-    const uint32_t word = __ballot_sync(~0u, k < K && !(v < 0.0f));
-    if (lane == 0) words[m * count + w] = word;
-    total += fabsf(v);
+  for (int first = part; first < count; first += kAtOnce * kWarps) {
+    float v[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int k = 32 * (first + j * kWarps) + sign_of_lane(lane);
+      v[j] = k < K ? to_float(x[m * stride + k]) : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int w = first + j * kWarps;
+      const uint32_t word = __ballot_sync(~0u, 32 * w + sign_of_lane(lane) < K && !(v[j] < 0.0f));
+      if (lane == 0 && w < count) words[m * count + w] = word;
+      total += fabsf(v[j]);
+    }
   }
   if (scale == nullptr) return;
   total = warp_sum(total);
-  if (lane == 0) scale[m] = total / static_cast<float>(max(K, 1));
+  if constexpr (kWarps > 1) {
+    if (lane == 0) sums[part] = total;
+    __syncthreads();
+    total = 0.0f;
+    for (int i = 0; i < kWarps; ++i) total += sums[i];
+  }
+  if (part == 0 && lane == 0) scale[m] = total / static_cast<float>(max(K, 1));
 }
 
 inline void launch_pack_rows(const char* op, const void* x, Dtype dtype, int64_t stride, int64_t M, int64_t K, uint32_t* words,
                              float* scale, void* stream) {
   if (M == 0) return;
-  const dim3 grid = grid_of(op, M, kSignThreads / 32);
   const int columns = checked_int(op, "the number of signs", K);
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    MLC_LAUNCH((binary_pack_rows<T>), grid, dim3(kSignThreads), 0, stream, static_cast<const T*>(x), stride, M, columns, words,
-               scale);
+    const T* from = static_cast<const T*>(x);
+    const dim3 threads(kSignThreads);
+    if (K >= 1024)
+      MLC_LAUNCH((binary_pack_rows<T, 4>), grid_of(op, M), threads, 0, stream, from, stride, M, columns, words, scale);
+    else
+      MLC_LAUNCH((binary_pack_rows<T, 1>), grid_of(op, M, 4), threads, 0, stream, from, stride, M, columns, words, scale);
   });
 }
 

@@ -19,7 +19,7 @@ thread_local Scratch shared_scratch;  // of the calling thread; its workers get 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void pack(const DLTensor* x, DLTensor* words, DLTensor* scale) {
-  const BinaryConvPack p = checked_pack(kOp, x, words, scale, kDLCPU);
+  const BinaryConvPack p = checked_binary_conv_pack(kOp, x, words, scale, kDLCPU);
   const BinaryConvKernels& kernels = binary_conv2d_kernels_now();
   const int64_t parts = ceil_div(p.HW, kPackPixels);
   parallel_claim(p.B * parts, num_threads(), [&](int64_t i, int) {
@@ -31,7 +31,8 @@ void pack(const DLTensor* x, DLTensor* words, DLTensor* scale) {
 void fwd(const DLTensor* words, const DLTensor* codes, const DLTensor* scales, const DLTensor* pixel_scale,
          const DLTensor* bias, int64_t O, int64_t C, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t dh, int64_t dw,
          int64_t ph, int64_t pw, DLTensor* y) {
-  BinaryConv p = checked_conv(kOp, words, codes, scales, pixel_scale, bias, O, C, kh, kw, sh, sw, dh, dw, ph, pw, y, kDLCPU);
+  BinaryConv p =
+      checked_binary_conv(kOp, words, codes, scales, pixel_scale, bias, O, C, kh, kw, sh, sw, dh, dw, ph, pw, y, kDLCPU);
   p.w.popcount = has(Extension::vpopcntdq);
   const int64_t B = p.B, pixels = p.Ho * p.Wo, threads = num_threads();
   if (B * pixels == 0 || O == 0) return;

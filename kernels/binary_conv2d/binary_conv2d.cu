@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kSignThreads)
 }
 
 void pack(const DLTensor* x, DLTensor* words, DLTensor* scale, void* stream) {
-  const BinaryConvPack p = checked_pack(kOp, x, words, scale, kDLCUDA);
+  const BinaryConvPack p = checked_binary_conv_pack(kOp, x, words, scale, kDLCUDA);
   const int64_t pixels = p.B * p.HW;
   if (pixels == 0) return;
   const DeviceGuard device(x->device.device_id);
@@ -82,7 +82,7 @@ void fwd(const DLTensor* words, const DLTensor* codes, const DLTensor* scales, c
          const DLTensor* bias, int64_t O, int64_t C, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t dh, int64_t dw,
          int64_t ph, int64_t pw, DLTensor* y, void* stream) {
   const BinaryConv b =
-      checked_conv(kOp, words, codes, scales, pixel_scale, bias, O, C, kh, kw, sh, sw, dh, dw, ph, pw, y, kDLCUDA);
+      checked_binary_conv(kOp, words, codes, scales, pixel_scale, bias, O, C, kh, kw, sh, sw, dh, dw, ph, pw, y, kDLCUDA);
   const int64_t plane = b.Ho * b.Wo;
   if (b.B * plane == 0 || O == 0) return;
   SignProduct p = product_of(kOp, b.w, b.B * plane, b.pixel_scale, b.x, b.channel_words);

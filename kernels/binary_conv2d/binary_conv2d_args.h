@@ -27,7 +27,7 @@ struct BinaryConv {
 };
 
 // True where t (B, C, H, W) lies with C last; contiguous where both hold. Anything else is refused.
-inline bool last_channels(const char* op, const Tensor& t) {
+inline bool binary_conv_channels_last(const char* op, const Tensor& t) {
   const int64_t C = t.size(1), H = t.size(2), W = t.size(3);
   const auto is = [&](int i, int64_t stride) { return t.size(i) == 1 || t.stride(i) == stride; };
   if (t.numel() == 0 || (is(0, C * H * W) && is(1, H * W) && is(2, W) && is(3, 1))) return false;
@@ -35,8 +35,8 @@ inline bool last_channels(const char* op, const Tensor& t) {
   fail(MLC_INVALID_ARGUMENT, op, ": x and y must be contiguous or channels_last; got shape ", t.shape_text());
 }
 
-inline BinaryConvPack checked_pack(const char* op, const DLTensor* x_, DLTensor* words_, DLTensor* scale_,
-                                   DLDeviceType device) {
+inline BinaryConvPack checked_binary_conv_pack(const char* op, const DLTensor* x_, DLTensor* words_, DLTensor* scale_,
+                                               DLDeviceType device) {
   const Tensor x(x_, op, "x"), words(words_, op, "words"), scale(scale_, op, "scale");
   x.on(device).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16}).rank_is(4, "(B, C, H, W)");
   const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
@@ -48,15 +48,15 @@ inline BinaryConvPack checked_pack(const char* op, const DLTensor* x_, DLTensor*
           C,
           H * W,
           words.size(3),
-          last_channels(op, x),
+          binary_conv_channels_last(op, x),
           words.data<uint32_t>(),
           scale.present() ? scale.data<float>() : nullptr};
 }
 
-inline BinaryConv checked_conv(const char* op, const DLTensor* words_, const DLTensor* codes, const DLTensor* scales,
-                               const DLTensor* pixel_scale_, const DLTensor* bias, int64_t O, int64_t C, int64_t kh, int64_t kw,
-                               int64_t sh, int64_t sw, int64_t dh, int64_t dw, int64_t ph, int64_t pw, DLTensor* y_,
-                               DLDeviceType device) {
+inline BinaryConv checked_binary_conv(const char* op, const DLTensor* words_, const DLTensor* codes, const DLTensor* scales,
+                                      const DLTensor* pixel_scale_, const DLTensor* bias, int64_t O, int64_t C, int64_t kh,
+                                      int64_t kw, int64_t sh, int64_t sw, int64_t dh, int64_t dw, int64_t ph, int64_t pw,
+                                      DLTensor* y_, DLDeviceType device) {
   const Tensor words(words_, op, "words"), pixel_scale(pixel_scale_, op, "pixel_scale"), y(y_, op, "y");
   words.on(device).dtype_in({Dtype::i32}).rank_is(4, "(B, H, W, ceil(C / 32))");
   y.on(device).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::i32}).rank_is(4, "of rank 4");
@@ -76,7 +76,7 @@ inline BinaryConv checked_conv(const char* op, const DLTensor* words_, const DLT
     y.shape_is({B, p.Ho, p.Wo, (O + 31) / 32}, "(B, Ho, Wo, ceil(O / 32))").contiguous();
   } else {
     y.shape_is({B, O, p.Ho, p.Wo}, "(B, O, Ho, Wo)");
-    p.channels_last = last_channels(op, y);
+    p.channels_last = binary_conv_channels_last(op, y);
   }
   if (pixel_scale.present()) {
     pixel_scale.on(device).dtype_in({Dtype::f32}).shape_is({B, p.Ho, p.Wo}, "(B, Ho, Wo)").contiguous();

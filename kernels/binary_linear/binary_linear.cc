@@ -15,7 +15,7 @@ constexpr int64_t kPanels = 4;           // of an item
 constexpr int64_t kRowGrain = 24;        // rows of an item: weights come from the L1 cache again for each six
 
 void pack(const DLTensor* x, DLTensor* words, DLTensor* row_scale) {
-  const BinaryPack p = checked_pack(kOp, x, words, row_scale, kDLCPU);
+  const BinaryPack p = checked_binary_linear_pack(kOp, x, words, row_scale, kDLCPU);
   const BinaryLinearKernels& kernels = binary_linear_kernels_now();
   parallel_for(p.M, std::max<int64_t>(kPackGrain / std::max<int64_t>(p.K, 1), 1),
                [&](int64_t begin, int64_t end) { kernels.pack(p, begin, end); });
@@ -23,7 +23,7 @@ void pack(const DLTensor* x, DLTensor* words, DLTensor* row_scale) {
 
 void fwd(const DLTensor* words, const DLTensor* codes, const DLTensor* scales, const DLTensor* row_scale, const DLTensor* bias,
          int64_t N, int64_t K, DLTensor* y) {
-  BinaryLinear p = checked_product(kOp, words, codes, scales, row_scale, bias, N, K, y, kDLCPU);
+  BinaryLinear p = checked_binary_linear(kOp, words, codes, scales, row_scale, bias, N, K, y, kDLCPU);
   p.w.popcount = has(Extension::vpopcntdq);
   const int64_t M = p.M;
   if (M == 0 || N == 0) return;

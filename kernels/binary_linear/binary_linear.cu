@@ -24,14 +24,14 @@ struct LinearWords {
 };
 
 void pack(const DLTensor* x, DLTensor* words, DLTensor* row_scale, void* stream) {
-  const BinaryPack p = checked_pack(kOp, x, words, row_scale, kDLCUDA);
+  const BinaryPack p = checked_binary_linear_pack(kOp, x, words, row_scale, kDLCUDA);
   const DeviceGuard device(x->device.device_id);
   launch_pack_rows(kOp, p.x.data, p.dtype, p.x.stride, p.M, p.K, p.to, p.row_scale, stream);
 }
 
 void fwd(const DLTensor* words, const DLTensor* codes, const DLTensor* scales, const DLTensor* row_scale, const DLTensor* bias,
          int64_t N, int64_t K, DLTensor* y, void* stream) {
-  const BinaryLinear b = checked_product(kOp, words, codes, scales, row_scale, bias, N, K, y, kDLCUDA);
+  const BinaryLinear b = checked_binary_linear(kOp, words, codes, scales, row_scale, bias, N, K, y, kDLCUDA);
   if (b.M == 0 || N == 0) return;
   SignProduct p = product_of(kOp, b.w, b.M, b.row_scale, b.a, b.w.words);
   p.y = b.y.data, p.pixel = b.y.stride, p.column = 1, p.dtype = b.dtype;

@@ -22,8 +22,8 @@ struct BinaryLinear {
   Dtype dtype;  // of y; i32: words of signs
 };
 
-inline BinaryPack checked_pack(const char* op, const DLTensor* x_, DLTensor* words_, DLTensor* row_scale_,
-                               DLDeviceType device) {
+inline BinaryPack checked_binary_linear_pack(const char* op, const DLTensor* x_, DLTensor* words_, DLTensor* row_scale_,
+                                             DLDeviceType device) {
   const Tensor x(x_, op, "x"), words(words_, op, "words"), row_scale(row_scale_, op, "row_scale");
   x.on(device).dtype_in({Dtype::f32, Dtype::bf16, Dtype::f16}).rank_is(2, "(M, K)").last_dim_contiguous();
   const int64_t M = x.size(0), K = x.size(1);
@@ -33,9 +33,9 @@ inline BinaryPack checked_pack(const char* op, const DLTensor* x_, DLTensor* wor
   return {{x.raw(), x.stride(0)}, x.dtype(), M, K, words.size(1), words.data<uint32_t>(), scale};
 }
 
-inline BinaryLinear checked_product(const char* op, const DLTensor* words_, const DLTensor* codes, const DLTensor* scales,
-                                    const DLTensor* row_scale_, const DLTensor* bias, int64_t N, int64_t K, DLTensor* y_,
-                                    DLDeviceType device) {
+inline BinaryLinear checked_binary_linear(const char* op, const DLTensor* words_, const DLTensor* codes, const DLTensor* scales,
+                                          const DLTensor* row_scale_, const DLTensor* bias, int64_t N, int64_t K, DLTensor* y_,
+                                          DLDeviceType device) {
   const Tensor words(words_, op, "words"), row_scale(row_scale_, op, "row_scale"), y(y_, op, "y");
   const SignPanels w(op, codes, scales, bias, N, 1, K, device);
   words.on(device).dtype_in({Dtype::i32}).rank_is(2, "(M, ceil(K / 32))");
