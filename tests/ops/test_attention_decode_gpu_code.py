@@ -3,6 +3,7 @@ each other."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import attention_decode_gpu_suite as suite
@@ -11,6 +12,7 @@ import pytest
 import torch
 from attention_decode_gpu_suite import Case, Made
 from gpu_code import BF16, F16, F32
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from mlcore import _registry
 from mlcore.ops import _attention_decode, attention_with_kvcache
@@ -203,6 +205,20 @@ def test_parts_cover_what_is_seen(left, right, causal, longest, parts):
         ends = range(max(span, longest - 600), longest + 1)
         most = max((end - 1) // 256 - (end - span) // 256 + 1 for end in ends)
         assert (right is None and not causal) or most <= parts
+
+
+def test_nothing_waits_for_values_on_the_device():
+    """Fake CUDA tensors have none to look at."""
+    with FakeTensorMode():
+        empty = functools.partial(torch.empty, device="cuda")
+        q, k, new = empty(2, 4, 1, 64), empty(2, 2, 80, 64), empty(2, 2, 1, 64)
+        lengths, table = empty(2, dtype=torch.int32), empty(2, 9, dtype=torch.int32)
+        options = {"cache_starts": lengths, "window": (100, None), "alibi_slopes": empty(4), "return_lse": True}
+        call = functools.partial(attention_with_kvcache, q, k, empty(2, 2, 80, 48), new, empty(2, 2, 1, 48), page_table=table)
+        o, lse = call(cache_seqlens=lengths, **options)
+        assert o.shape == (2, 4, 1, 48) and lse.shape == (2, 4, 1) and o.device == lse.device == q.device
+        with pytest.raises(DataDependentOutputException):
+            call(cache_seqlens=lengths, impl="reference")
 
 
 def test_pages_that_the_host_knows_are_checked_before_anything_is_written():
