@@ -171,6 +171,24 @@ def test_bits_do_not_depend_on_threads_or_batch(problem, layout):
         assert torch.equal(got, w[:1])
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_results_that_pass_by_the_caches(stride):
+    """From 16 MiB on, channels_last results are streamed: the same bits as of an image alone, which is smaller."""
+    x = torch.randn(2, 64, 184 * stride, 184 * stride).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(64, 1, 3, 3), torch.randn(64)
+    y = depthwise_conv2d(x, weight, bias, stride, 1)
+    assert y.numel() * 4 > 16 << 20
+    assert torch.equal(y, torch.cat([depthwise_conv2d(x[i : i + 1], weight, bias, stride, 1) for i in range(2)]))
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(depthwise_conv2d(x, weight, bias, stride, 1), x, y)
+    for i in range(2):
+        one = x[i : i + 1].detach().requires_grad_()
+        (want,) = torch.autograd.grad(depthwise_conv2d(one, weight, bias, stride, 1), one, y[i : i + 1])
+        assert torch.equal(dx[i : i + 1], want)
+    want = F.conv2d(x[:1, :, :32, :32].detach().double(), weight.double(), bias.double(), stride, 1, groups=64)
+    assert torch.allclose(y[:1, :, :14, :14].double(), want[:, :, :14, :14], atol=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_nan_stays_in_its_channel(layout):
     inputs = make(PROBLEMS[3], layout=layout)

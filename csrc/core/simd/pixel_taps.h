@@ -17,7 +17,18 @@ struct PixelTaps {
   int64_t ld;                         // pointers a line of the table
   int64_t step;                       // pixels between neighbouring results, in the table
   int64_t by_row = 1;                 // lines between neighbouring rows of results, in the table
+  bool stream = false;                // results are aligned whole vectors that pass by the caches (kStreams alone)
 };
+
+#if defined(MLC_ISA_AVX512) && !defined(MLC_EMULATE_AVX512)
+constexpr bool kStreams = true;
+inline void stream(float* to, Vec v) { _mm512_stream_ps(to, v.v); }
+inline void end_stream() { _mm_sfence(); }
+#else
+constexpr bool kStreams = false;
+inline void stream(float*, Vec) {}
+inline void end_stream() {}
+#endif
 
 // The scalar level has the smallest tile alone: unrolled vectors of plain C++ take a minute to compile.
 constexpr bool kTiles = Vec::W >= 8;
@@ -107,9 +118,15 @@ struct PixelTile {
 
   // Result i at out + i * by.
   template <class U>
-  MLC_INLINE void store(U* out, int64_t by) const {
+  MLC_INLINE void store(U* out, int64_t by, [[maybe_unused]] bool past_caches) const {
 #pragma GCC unroll 16
     for (int i = 0; i < P; ++i) {
+      if constexpr (kAll && kStreams && sizeof(U) == 4) {
+        if (past_caches) {
+          stream(out + i * by, acc[i]);
+          continue;
+        }
+      }
       if constexpr (kAll) acc[i].store(out + i * by);
       if constexpr (!kAll) store_some(out + i * by, acc[i], lanes);
     }
@@ -126,7 +143,7 @@ void pixel_tiles(const PixelTaps& p, int64_t plane, const T* const* table, int64
     PixelTile<T, P, K, S, kAll> tile;
     tile.lanes = kAll ? Vec::W : static_cast<int>(channels);
     tile.sum(p, plane, table, c + at, weight + at, start ? start + at : nullptr);
-    tile.store(out + at, by);
+    tile.store(out + at, by, p.stream);
   }
 }
 
@@ -174,7 +191,7 @@ MLC_INLINE void with_tiles(const PixelTaps& p, int64_t count, int64_t left, bool
 template <class T, class U>
 void sum_pixels(const PixelTaps& p, int64_t rows, int64_t count, const T* const* table, int64_t c, int64_t channels,
                 const float* weight, const float* start, U* out, int64_t by, int64_t by_row) {
-  constexpr int64_t kFloats = 8192, W = Vec::W;
+  constexpr int64_t kFloats = 16384, W = Vec::W;
   const int64_t plane = (p.lines + (rows - 1) * p.by_row) * p.ld;
   const int64_t pixel = max<int64_t>(p.depth * p.lines * ((kWide - 1) * p.step + 2 * p.taps), 1);  // floats of a channel
   const int64_t group = max(W, kFloats / pixel / W * W);
@@ -200,7 +217,8 @@ void point_to_pixels(const T* line, int64_t by, int64_t size, int64_t first, int
   const int64_t lo = !line ? count : first >= 0 ? 0 : min(count, ceil_div(-first, gap));
   const int64_t hi = !line || first >= size ? lo : max(lo, min(count, ceil_div(size - first, gap)));
   for (int64_t j = 0; j < lo; ++j) out[j] = zeros;
-  for (int64_t j = lo; j < hi; ++j) out[j] = line + (first + j * gap) * by;
+  const T* pixel = line + (lo < hi ? (first + lo * gap) * by : 0);
+  for (int64_t j = lo, next = gap * by; j < hi; ++j, pixel += next) out[j] = pixel;
   for (int64_t j = hi; j < count; ++j) out[j] = zeros;
 }
 
