@@ -114,6 +114,15 @@ def test_attach_saves_what_was_calibrated(saved, tmp_path, method):
         attach(load("bert", saved["bert"]))
 
 
+def test_convolutions_are_left_and_refused(saved):
+    model = load("bert", saved["bert"])
+    model.extra = torch.nn.Sequential(torch.nn.Conv2d(128, 128, 1))
+    assert MlcoreConfig(bits=8, group_size=None).quant_config().convolutions is False
+    mlcore.quantize(model, mlcore.QuantConfig("int8", None))
+    with pytest.raises(ValueError, match=r"attach: model must have no low-bit convolutions; got extra\.0"):
+        attach(model)
+
+
 def test_dequantize(saved):
     model = load("llama", saved["llama"], quantization_config=MlcoreConfig(bits=4))
     want = output(model)
