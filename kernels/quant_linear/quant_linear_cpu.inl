@@ -92,7 +92,7 @@ void quantize_row(const QuantLinear& p, const float* x, int64_t r, int8_t* q) {
       return;
     }
     int64_t i = 0;
-#if defined(MLC_ISA_AVX512)
+#if defined(MLC_ISA_AVX512) && !defined(MLC_EMULATE_AVX512)
     for (; i + 16 <= n; i += 16) {  // the conversion rounds likewise
       const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k + i), _mm512_set1_ps(inverse)));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(whole));
