@@ -46,7 +46,7 @@ LAYERS = [
     Problem(512, 14, 512, 3),
     Problem(96, 56, 96, 7),
 ]
-ROWS = ["mlcore", "mlcore float32", "torch float32", "torch float32 (channels_last)"]
+ROWS = ["mlcore", "float32 by mlcore", "torch float32", "torch float32 (channels_last)"]
 
 
 def layer_group(problem: Problem) -> Group:
@@ -65,11 +65,10 @@ def layer_group(problem: Problem) -> Group:
     }
     if depthwise:
         how = (conv.weight.detach(), conv.bias.detach(), problem.stride, padding)
-        rows["mlcore float32"] = lambda: F.relu6(ops.depthwise_conv2d(pixels, *how))
+        rows["float32 by mlcore"] = lambda: F.relu6(ops.depthwise_conv2d(pixels, *how))
     else:
-        rows["mlcore float32"] = ops.PackedSeparable(None, conv.weight, None, conv.bias, pointwise_activation="relu6").__call__
-        packed = rows["mlcore float32"]
-        rows["mlcore float32"] = lambda: packed(pixels)
+        packed = ops.PackedSeparable(None, conv.weight, None, conv.bias, pointwise_activation="relu6")
+        rows["float32 by mlcore"] = lambda: packed(pixels)
     want = F.relu6(copy.deepcopy(conv).double()(x.double())).detach()
 
     def check(row, got):
@@ -115,7 +114,7 @@ def network_group(kind: str, batch: int) -> Group:
     plain, last = stock(model, torch.contiguous_format), stock(model, torch.channels_last)
     rows = {
         "mlcore": lambda: low(x),
-        "mlcore float32": lambda: model(x),
+        "float32 by mlcore": lambda: model(x),
         "torch float32": lambda: plain(x),
         "torch float32 (channels_last)": lambda: last(x),
     }
