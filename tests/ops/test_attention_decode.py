@@ -219,6 +219,7 @@ def test_registered_ops():
     [
         ({"q": torch.randn(B, H, 2, D + 1)}, "k_cache must be .* with q's D = 25"),
         ({"q": torch.randn(B, 3, 2, D)}, "Hkv dividing q's H = 3"),
+        ({"q": torch.randn(B, H, 2, D).bfloat16()}, "k_cache must be torch.bfloat16 as q, or torch.int8; got torch.float32"),
         ({"sinks": torch.zeros(3)}, r"sinks must be floating, \(H,\) = \(4,\); got torch.float32, \(3,\)"),
         ({"alibi_slopes": torch.zeros(3)}, r"alibi_slopes must be \(H,\) or \(B, H\) = \(3, 4\); got \(3,\)"),
         ({"scale": float("nan")}, "scale must be a finite number; got nan"),

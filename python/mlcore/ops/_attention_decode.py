@@ -230,6 +230,9 @@ def _check_options(q, k_cache, v_cache, around, scale, softcap, slopes, sinks, i
             f"{_OP}: k_cache must be (B, Hkv, S, D) with q's D = {D}, Hkv dividing q's H = {H}, and v_cache (B, Hkv, S, Dv); "
             f"got {tuple(k_cache.shape)}, {tuple(v_cache.shape)}"
         )
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dtype not in (q.dtype, torch.int8):
+            raise ValueError(f"{_OP}: {name} must be {q.dtype} as q, or torch.int8; got {cache.dtype}")
     if impl not in (None, "reference") and not 1 <= min(D, Dv) <= max(D, Dv) <= 256:
         raise ValueError(f"{_OP}: impl={impl!r} can't serve this call: head dims must be 1 to 256; got D {D}, Dv {Dv}")
     if slopes is not None and (tuple(slopes.shape) not in ((H,), (B, H)) or not slopes.is_floating_point()):
