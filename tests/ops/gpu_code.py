@@ -75,11 +75,17 @@ def serving(op: str, backend: str) -> Iterator[str]:
         yield backend
 
 
-def run_interpreted(test_file: str) -> None:
-    """Runs the tests of a file whose names have `interpreted_` in them under TRITON_INTERPRET=1."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test_file, "-k", "interpreted_"]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
+def interpreted_by_triton(test_file: str) -> Callable[[], None]:
+    """A test that runs those of a file whose names have `interpreted_` in them under TRITON_INTERPRET=1."""
+
+    @pytest.mark.skipif(INTERPRETING, reason="this is the process that it starts")
+    def test() -> None:
+        pytest.importorskip("triton", reason="triton is not installed")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test_file, "-k", "interpreted_"]
+        done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return test
 
 
 def reference(op: str) -> Callable:

@@ -36,10 +36,7 @@ def kernels():
     return [_registry.kernel("attention", name, BACKEND) for name in ("decode", "append")]
 
 
-@pytest.mark.skipif(gpu_code.INTERPRETING, reason="this is the process that it starts")
-def test_interpreted():
-    pytest.importorskip("triton", reason="triton is not installed")
-    gpu_code.run_interpreted(__file__)
+test_interpreted = gpu_code.interpreted_by_triton(__file__)
 
 
 @pytest.mark.parametrize("case", suite.INTERPRETED if gpu_code.INTERPRETING else suite.CASES, ids=str)

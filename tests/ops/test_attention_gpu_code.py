@@ -51,10 +51,7 @@ if gpu_code.INTERPRETING:
             gpu_code.interpreted(OP)[0](q, k, v, None, None, None, *made, 0.2, 0.0, 0.0, 0, torch.empty_like(q), None)
 
 
-@pytest.mark.skipif(gpu_code.INTERPRETING, reason="this is the process that it starts")
-def test_interpreted():
-    pytest.importorskip("triton", reason="triton is not installed")
-    gpu_code.run_interpreted(__file__)
+test_interpreted = gpu_code.interpreted_by_triton(__file__)
 
 
 @pytest.fixture

@@ -108,10 +108,7 @@ def test_interpreted_gradients_are_the_references(scaled):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(gpu_code.INTERPRETING, reason="this is the process that it starts")
-def test_interpreted_by_triton():
-    pytest.importorskip("triton", reason="triton is not installed")
-    gpu_code.run_interpreted(__file__)
+test_interpreted_by_triton = gpu_code.interpreted_by_triton(__file__)
 
 
 if not gpu_code.INTERPRETING:

@@ -98,10 +98,7 @@ def test_interpreted_empty(shape):
     suite.test_empty(shape)
 
 
-@pytest.mark.skipif(gpu_code.INTERPRETING, reason="this is the process that it starts")
-def test_interpreted_by_triton():
-    pytest.importorskip("triton", reason="triton is not installed")
-    gpu_code.run_interpreted(__file__)
+test_interpreted_by_triton = gpu_code.interpreted_by_triton(__file__)
 
 
 if not gpu_code.INTERPRETING:

@@ -99,10 +99,7 @@ def test_interpreted_no_rows():
     assert y.shape == (0, 3, 5, 5) and dx.shape == x.shape and dweight.eq(0).all()
 
 
-@pytest.mark.skipif(gpu_code.INTERPRETING, reason="this is the process that it starts")
-def test_interpreted_by_triton():
-    pytest.importorskip("triton", reason="triton is not installed")
-    gpu_code.run_interpreted(__file__)
+test_interpreted_by_triton = gpu_code.interpreted_by_triton(__file__)
 
 
 if not gpu_code.INTERPRETING:

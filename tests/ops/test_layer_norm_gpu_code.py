@@ -18,10 +18,7 @@ if gpu_code.INTERPRETING:
         _check_no_rows(gpu_code.interpreted(OP))
 
 
-@pytest.mark.skipif(gpu_code.INTERPRETING, reason="this is the process that it starts")
-def test_interpreted():
-    pytest.importorskip("triton", reason="triton is not installed")
-    gpu_code.run_interpreted(__file__)
+test_interpreted = gpu_code.interpreted_by_triton(__file__)
 
 
 @pytest.fixture

@@ -150,10 +150,7 @@ if gpu_code.INTERPRETING:
         torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(gpu_code.INTERPRETING, reason="this is the process that it starts")
-def test_interpreted_by_triton():
-    pytest.importorskip("triton", reason="triton is not installed")
-    gpu_code.run_interpreted(__file__)
+test_interpreted_by_triton = gpu_code.interpreted_by_triton(__file__)
 
 
 if not gpu_code.INTERPRETING:

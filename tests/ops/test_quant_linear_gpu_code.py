@@ -91,10 +91,7 @@ if gpu_code.INTERPRETING:
         torch.testing.assert_close(dx, packed.dequantize().sum(0).expand(3, -1))
 
 
-@pytest.mark.skipif(gpu_code.INTERPRETING, reason="this is the process that it starts")
-def test_interpreted_by_triton():
-    pytest.importorskip("triton", reason="triton is not installed")
-    gpu_code.run_interpreted(__file__)
+test_interpreted_by_triton = gpu_code.interpreted_by_triton(__file__)
 
 
 if not gpu_code.INTERPRETING:
