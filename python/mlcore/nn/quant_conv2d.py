@@ -204,7 +204,8 @@ class QuantConv2d(PackedLinear):
         if torch.compiler.is_compiling():
             return packed.dequantize().view(-1, 1, *self.kernel_size)
         now = [(t, 0 if t.is_inference() else t._version) for t in packed.tensors().values()]
-        if self._kept is None or any(a is not b or m != n for (a, m), (b, n) in zip(self._kept[0], now, strict=False)):
+        before = [] if self._kept is None else self._kept[0]
+        if len(before) != len(now) or any(a is not b or m != n for (a, m), (b, n) in zip(before, now)):
             self._kept = now, packed.dequantize().view(-1, 1, *self.kernel_size)
         return self._kept[1]
 
