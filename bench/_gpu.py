@@ -11,23 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import harness
 import torch
-
-
-@dataclass
-class Group:
-    """One problem: what each row calls, how its output is checked before it is timed, and the work of one call.
-
-    A row whose call raises ValueError or NotImplementedError isn't made for the problem: it is reported and left out.
-    """
-
-    rows: dict[str, Callable[[], object]]
-    check: Callable[[str, object], float]  # the largest relative error of a row's output; raises AssertionError
-    flops: float = 0
-    bytes: float = 0
+from harness import Group
 
 
 def driver() -> str:
@@ -70,7 +57,9 @@ def machine() -> dict:
 
 
 def measure(name: str, group: Group, max_time: float) -> list[dict]:
-    """Checks every row of a group, then times them in turns."""
+    """Checks every row of a group, then times them in turns. A row that raises ValueError or NotImplementedError is not made
+    for the problem: it is reported and left out.
+    """
     right, errors = {}, {}
     for row, call in group.rows.items():
         try:
@@ -84,12 +73,8 @@ def measure(name: str, group: Group, max_time: float) -> list[dict]:
     timings = harness.interleaved(right, max_time=max_time, sync=torch.cuda.synchronize)
     rows = []
     for row, timing in timings.items():
-        extra = {"error": errors[row]}
-        for key, work, peak in (("gflops", group.flops, "bf16_gflops"), ("gbps", group.bytes, "copy_gbps")):
-            if work and key not in extra:
-                rate = work / timing.min * 1e-9
-                extra |= {key: rate, "peak_fraction": rate / machine()[peak]}
-                break
+        rates = harness.rates_of(group, timing.min, machine()["bf16_gflops"], machine()["copy_gbps"])
+        extra = {"error": errors[row]} | rates
         print(f"{name}: {row}: {timing.min * 1e6:.1f} us, {100 * extra.get('peak_fraction', 0):.0f} % of peak")
         rows.append(harness.result_row(name, row, timing, **extra))
     return rows

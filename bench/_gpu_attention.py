@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import _gpu
 import torch
 import torch.nn.functional as F
-from harness import relative_error
+from harness import Group, relative_error
 
 from mlcore.ops import attention
 from mlcore.patterns import Causal, Documents, Pattern, Window
@@ -44,7 +44,7 @@ def problems() -> list[Problem]:
     ]
 
 
-def group(problem: Problem, backward: bool) -> _gpu.Group:
+def group(problem: Problem, backward: bool) -> Group:
     """Rows: our kernels, and torch's with the mask that the pattern is."""
     B, H, Hkv, T, D = problem.shape
     generator = torch.Generator("cuda").manual_seed(0)
@@ -75,7 +75,7 @@ def group(problem: Problem, backward: bool) -> _gpu.Group:
     seen = T * T if dense is None else int(dense.sum())
     rows = {f"mlcore {impl}": _lazy(call_of, impl, pattern) for impl in ("cuda", "triton")}
     rows["torch"] = call_of(torch_way)
-    return _gpu.Group(rows, check, flops=(10 if backward else 4) * B * H * seen * D)
+    return Group(rows, check, flops=(10 if backward else 4) * B * H * seen * D)
 
 
 def _lazy(call_of, impl: str, pattern):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import _gpu
 import torch
-from harness import relative_error
+from harness import Group, relative_error
 
 SHAPES = [(16384, 768), (8192, 4096), (4096, 8192), (2048, 16384)]  # (rows, columns)
 TOLERANCE = {
@@ -57,7 +57,7 @@ def _group(
     moved = 3 + residual if backward else 2 + 2 * residual
     rows = {f"mlcore {impl}": _lazy(call_of, ours, impl=impl) for impl in ("cuda", "triton")}
     rows["torch"] = call_of(add_then_norm)
-    return _gpu.Group(rows, check, bytes=moved * shape[0] * shape[1] * dtype.itemsize)
+    return Group(rows, check, bytes=moved * shape[0] * shape[1] * dtype.itemsize)
 
 
 def _lazy(call_of: Callable, norm: Callable, **kwargs) -> Callable[[], object]:

@@ -6,9 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import _gpu
 import torch
-from harness import relative_error
+from harness import Group, relative_error
 
 BACKENDS = ("cuda", "triton")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # of the norm of the error; gradients sum rounded outputs
@@ -20,7 +19,7 @@ def random(*size: int, dtype: torch.dtype, std: float = 1.0) -> torch.Tensor:
 
 def make_group(
     ours: Callable, truth: Callable, others: Mapping[str, Callable], inputs: list[torch.Tensor], backward: bool, moved: float
-) -> _gpu.Group:
+) -> Group:
     """ours(*inputs, impl=); truth and others (row's name -> function) take the inputs alone. moved: bytes of one call."""
     torch.manual_seed(0)
     dtype = inputs[0].dtype
@@ -49,4 +48,4 @@ def make_group(
 
     rows = {f"mlcore {i}": later(lambda i=i: call_of(lambda *t: ours(*t, impl=i))) for i in BACKENDS}
     rows |= {name: later(lambda fn=fn: call_of(fn)) for name, fn in others.items()}
-    return _gpu.Group(rows, check, bytes=moved)
+    return Group(rows, check, bytes=moved)

@@ -6,6 +6,7 @@ import sys
 
 import _gpu
 import torch
+from harness import Group
 
 from mlcore.ops import binary_linear, pack_signs
 from mlcore.quant import pack
@@ -33,7 +34,7 @@ def group(M, K, N):
             assert torch.equal(got, words if "packed y" in row else want), f"{row}: not exact"
         return 0.0
 
-    return _gpu.Group(rows, check, flops=2 * M * N * K)
+    return Group(rows, check, flops=2 * M * N * K)
 
 
 def main(argv=None) -> int:

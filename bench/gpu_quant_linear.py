@@ -6,7 +6,7 @@ import sys
 
 import _gpu
 import torch
-from harness import relative_error
+from harness import Group, relative_error
 
 from mlcore.ops import quant_linear
 from mlcore.quant import pack
@@ -37,7 +37,7 @@ def group(N, K, M, format, group_size, dynamic_int8):
         rows["torch int4"] = torch_int4(packed, x)
     many = M >= 256
     moved = packed.nbytes + (M * K + M * N) * 2
-    return _gpu.Group(rows, check, flops=2 * M * N * K if many else 0, bytes=0 if many else moved)
+    return Group(rows, check, flops=2 * M * N * K if many else 0, bytes=0 if many else moved)
 
 
 def torch_int4(packed, x):

@@ -143,7 +143,7 @@ def run_group(
     right = {row: group.rows[row] for row in extra}
     before = {row: group.before[row] for row in right if row in group.before}
     for row, timing in interleaved(right, rounds, max_time=max_time, before=before).items():
-        rates = _rates(machine, group, timing.min)
+        rates = rates_of(group, timing.min, machine["fma_gflops"], machine["copy_gbps"])
         results[row] = result_row(name, row, timing, **rates, **extra[row])
         if timings is not None:
             timings[name, row] = timing
@@ -154,13 +154,12 @@ def _update_peaks(machine: dict) -> None:
     machine.update(machine_peak.measure(machine["threads"], machine["isa"]))
 
 
-def _rates(machine: dict, group: Group, seconds: float) -> dict:
-    if group.flops:
-        rate = group.flops / seconds * 1e-9
-        return {"gflops": rate, "peak_fraction": rate / machine["fma_gflops"]}
-    if group.bytes:
-        rate = group.bytes / seconds * 1e-9
-        return {"gbps": rate, "peak_fraction": rate / machine["copy_gbps"]}
+def rates_of(group: Group, seconds: float, peak_gflops: float, peak_gbps: float) -> dict:
+    """GFLOP/s or GB/s of one call, and which part of the machine's peak that is."""
+    for key, work, peak in (("gflops", group.flops, peak_gflops), ("gbps", group.bytes, peak_gbps)):
+        if work:
+            rate = work / seconds * 1e-9
+            return {key: rate, "peak_fraction": rate / peak}
     return {}
 
 
