@@ -25,7 +25,9 @@ OPENING = re.compile(r"^<!-- bench:", re.MULTILINE)
 OURS = "mlcore"
 ASIDE = ("floor", "lossy")  # rows that are shown and not compared: what nothing can beat, and what computes less exactly
 UNITS = {"gbps": "GB/s", "gflops": "GFLOP/s"}
-BLUES, OTHERS = ("#0b5fa5", "#79b4e0", "#b8d8f0"), ("#f0a202", "#9aa5b1", "#5b8e7d", "#c8553d", "#7d6b91")
+BLUES = "#0b5fa5", "#79b4e0", "#b8d8f0", "#1d3557"
+OTHERS = "#f0a202", "#9aa5b1", "#5b8e7d", "#c8553d", "#7d6b91", "#3b3b3b", "#d88fb8"
+LEGEND_COLUMNS = 5
 
 
 def groups_of(results: dict, op: str) -> dict[str, dict[str, dict]]:
@@ -216,7 +218,9 @@ def bar_chart(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    height = 1.3 + sum(0.16 + 0.16 * len([v for v in values if v]) for values in zip(*series.values()))
+    legend_rows = -(-(len(series) + 1) // LEGEND_COLUMNS)
+    head = 0.25 + 0.2 * legend_rows  # inches of the title and the legend
+    height = 0.85 + head + sum(0.16 + 0.16 * len([v for v in values if v]) for values in zip(*series.values()))
     fig, ax = plt.subplots(figsize=(9, height), dpi=110)
     blues, others = itertools.cycle(BLUES), itertools.cycle(OTHERS)
     colors = {name: next(blues if name.startswith(OURS) else others) for name in series}
@@ -243,9 +247,9 @@ def bar_chart(
     ax.spines[["top", "right"]].set_visible(False)
     fig.suptitle(title, x=0.01, y=1 - 0.08 / height, ha="left", va="top", fontsize=11, fontweight="bold")
     below_title = (0.005, 1 - 0.28 / height)
-    fig.legend(loc="upper left", ncols=len(series) + 1, fontsize=8, frameon=False, bbox_to_anchor=below_title)
+    fig.legend(loc="upper left", ncols=LEGEND_COLUMNS, fontsize=8, frameon=False, bbox_to_anchor=below_title)
     fig.text(0.01, 0.05 / height, "\n".join(textwrap.wrap(footer, 150)), fontsize=7, color="#555")
-    fig.tight_layout(rect=(0, 0.22 / height, 1, 1 - 0.45 / height))
+    fig.tight_layout(rect=(0, 0.22 / height, 1, 1 - head / height))
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, metadata={"Software": None})
     plt.close(fig)
