@@ -9,7 +9,7 @@ mlcore.show_config()                             # what is usable on this machin
 
 import torch  # noqa: F401  first, so that its OpenMP runtime is the one in the process
 
-from . import nn, ops, patterns, quant
+from . import models, nn, ops, patterns, quant
 from ._accelerate import accelerate
 from ._backend import explain, show_config
 from .qat import convert, prepare_qat
@@ -22,6 +22,7 @@ __all__ = [
     "accelerate",
     "convert",
     "explain",
+    "models",
     "nn",
     "ops",
     "patterns",

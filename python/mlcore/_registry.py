@@ -63,9 +63,14 @@ def _autocast_arg(a, device: str, dtype: torch.dtype):
     return a.to(dtype) if eligible else a
 
 
+def autocasting(device: str) -> bool:
+    """Whether torch.autocast is on for this type of device; asking torch itself raises for "meta"."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def autocast(device: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors, cast as torch.autocast casts a matmul's operands when it is on for this device."""
-    if not torch.is_autocast_enabled(device):
+    if not autocasting(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(_autocast_arg(t, device, dtype) for t in tensors)

@@ -291,6 +291,14 @@ def test_transforms_and_autocast():
         ({"padding": "full"}, 'padding must be "same", "valid", or numbers; got \'full\''),
         ({"padding": "same", "stride": 2}, 'padding="same" needs stride 1; got (2, 2)'),
         ({"padding_mode": "mirror"}, "padding_mode must be one of zeros, reflect, replicate, circular; got 'mirror'"),
+        (
+            {"padding_mode": "reflect", "padding": (1, 9)},
+            "padding_mode='reflect' needs padding below the size of x; got 9 for 9",
+        ),
+        (
+            {"padding_mode": "circular", "padding": 10},
+            "padding_mode='circular' needs padding at most the size of x; got 10 for 9",
+        ),
         ({"dilation": 5}, "the kernel spans 11 along H, where x with its padding has 9"),
         (
             {"weight": torch.ones(3, 1, 3, 3, dtype=BF16)},

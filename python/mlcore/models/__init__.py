@@ -1,1 +1,5 @@
-"""Whole networks: thin assemblies of mlcore.nn with a config on top. Import the one that you need."""
+"""Whole networks: thin assemblies of mlcore.nn with a config on top."""
+
+from . import cnn
+
+__all__ = ["cnn"]

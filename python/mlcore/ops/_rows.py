@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .._backend import choose
-from .._registry import reference_if_transformed
+from .._registry import autocasting, reference_if_transformed
 
 _MAX_ROW_BLOCKS = 64  # as csrc/core/row_blocks.h
 
@@ -26,7 +26,7 @@ def norm_args(op, x, weight, bias, residual, eps, impl) -> tuple[torch.Tensor, t
     if residual is not None:
         if residual.shape != shape:
             raise ValueError(f"{op}: residual must have x's shape {tuple(shape)}; got {tuple(residual.shape)}")
-        if residual.dtype != dtype and torch.is_autocast_enabled(device.type):
+        if residual.dtype != dtype and autocasting(device.type):
             dtype = torch.promote_types(dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
         if residual.dtype != dtype or residual.device != device:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 
 from .._backend import choose
-from .._registry import autocast, create_graph, direct, graph_gradients, kernel, needs_grad, reference_if_transformed, register
+from .._registry import (
+    autocast,
+    autocasting,
+    create_graph,
+    direct,
+    graph_gradients,
+    kernel,
+    needs_grad,
+    reference_if_transformed,
+    register,
+)
 from ..kernels.aft import aft_ref
 from ._tokens import check_tokens, inner_contiguous
 
@@ -127,7 +137,7 @@ def aft(
     Raises:
         ValueError: shapes, dtypes or values break the rules above, or impl can't serve the call.
     """
-    if torch.is_autocast_enabled(q.device.type):
+    if autocasting(q.device.type):
         q, k, v = autocast(q.device.type, q, k, v)
     k = _check(q, k, v, bias, window, causal)
     impl = reference_if_transformed(_OP, impl)

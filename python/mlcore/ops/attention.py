@@ -10,6 +10,7 @@ from .._backend import choose
 from .._pattern_tree import dense
 from .._registry import (
     autocast,
+    autocasting,
     create_graph,
     direct,
     direct_apply,
@@ -398,7 +399,7 @@ def _check_broadcastable(name, t, q, Tk):
 def _run(q, k, v, bias, relative, sinks, *call):
     """_dispatch under torch.autocast's rule. relative and sinks stay float32, which the op's own rule would not let them."""
     device = q.device.type
-    if torch.is_autocast_enabled(device):
+    if autocasting(device):
         q, k, v = autocast(device, q, k, v)
         if relative is not None or sinks is not None:
             with torch.autocast(device, enabled=False):
@@ -416,7 +417,7 @@ def _dispatch(q, k, v, bias, relative, sinks, tensors, spec, scale, softcap, dro
                 f"attention: impl={impl!r} can't serve this call: head dims must be 1 to {_MAX_HEAD_DIM}; got {widest}"
             )
         backend = "reference"
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,)) if dropout_p > 0 else None  # on the CPU: reading it stops no device
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device="cpu") if dropout_p > 0 else None  # reading it stops no device
     if bias is not None and bias.dtype == torch.float64 and backend != "reference":
         bias = bias.float()
     if backend == "reference":

@@ -174,7 +174,14 @@ def _checked(dims, x, weight, bias, stride, padding, dilation, padding_mode):
             )
     if padding_mode not in _MODES:
         raise ValueError(f"{op}: padding_mode must be one of {', '.join(_MODES)}; got {padding_mode!r}")
-    return geometry(op, x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    stride, dilation, pad = geometry(op, x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    most = {"reflect": -1, "circular": 0}.get(padding_mode)  # a reflection leaves out the edge itself
+    if most is not None:
+        for size, *around in zip(x.shape[2:], pad[::2], pad[1::2], strict=True):
+            if max(around) > max(size + most, 0):
+                rule = "at most the size" if most == 0 else "below the size"
+                raise ValueError(f"{op}: padding_mode={padding_mode!r} needs padding {rule} of x; got {max(around)} for {size}")
+    return stride, dilation, pad
 
 
 #: Calls of depthwise_conv2d that passed every check -> what kernels take of their numbers: strides, dilations, paddings.

@@ -9,6 +9,7 @@ import torch
 from .._backend import RULES, choose
 from .._registry import (
     autocast,
+    autocasting,
     create_graph,
     direct,
     graph_gradients,
@@ -253,7 +254,7 @@ def linear_attention(
     Raises:
         ValueError: shapes, dtypes or values break the rules above, or impl can't serve the call.
     """
-    if torch.is_autocast_enabled(q.device.type):
+    if autocasting(q.device.type):
         q, k, v = autocast(q.device.type, q, k, v)
     q, k, feature = _mapped(q, k, feature_map)
     _check_qkv(q, k, v, causal)
@@ -312,7 +313,7 @@ def linear_attention_step(
             initial_state=state, return_state=True, impl=impl,
         )  # fmt: skip
         return o.squeeze(2), state
-    if torch.is_autocast_enabled(q.device.type):
+    if autocasting(q.device.type):
         q, k, v = autocast(q.device.type, q, k, v)
     q, k, feature = _mapped(q, k, feature_map)
     _check_qkv(q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), True)
