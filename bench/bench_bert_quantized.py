@@ -99,7 +99,7 @@ def make_group(problem: Problem, compiled: bool, folder) -> Group:
     mlcore.integrations.transformers.register()
     stock = transformers.BertModel(transformers.BertConfig(attn_implementation="sdpa"), add_pooling_layer=False).eval()
     ids = torch.randint(0, 30000, (problem.batch, problem.length))
-    int8 = QuantConfig("int8", None)
+    int8 = QuantConfig("int8")
     models = {
         "mlcore": ours(stock, int8),
         "mlcore, parts": ours(stock, int8, fused=False),

@@ -110,7 +110,7 @@ def network_group(kind: str, batch: int) -> Group:
     model = MODELS[kind]().eval()
     x = torch.randn(batch, 3, 224, 224)
     low = copy.deepcopy(model)
-    mlcore.quantize(low, mlcore.QuantConfig("int8", None))
+    mlcore.quantize(low, mlcore.QuantConfig("int8"))
     plain, last = stock(model, torch.contiguous_format), stock(model, torch.channels_last)
     rows = {
         "mlcore": lambda: low(x),

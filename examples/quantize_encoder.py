@@ -33,9 +33,9 @@ class Format:
 
 FORMATS = [
     Format("fp32", None, 1, 1),
-    Format("int8, int8 inputs", QuantConfig("int8", None), 0.995, 0.99),
-    Format("int8, int8 inputs, AWQ", QuantConfig("int8", None, method="awq"), 0.995, 0.99),
-    Format("int8, fp32 inputs", QuantConfig("int8", None, dynamic_int8=False), 0.995, 0.99),
+    Format("int8, int8 inputs", QuantConfig("int8"), 0.995, 0.99),
+    Format("int8, int8 inputs, AWQ", QuantConfig("int8", method="awq"), 0.995, 0.99),
+    Format("int8, fp32 inputs", QuantConfig("int8", dynamic_int8=False), 0.995, 0.99),
     Format("int4 g32, nearest", QuantConfig("int4", 32, symmetric=False), 0.95, 0.95),
     Format("int4 g32, HQQ", QuantConfig("int4", 32, symmetric=False, method="hqq"), 0.95, 0.95),
     Format("int4 g32, AWQ", QuantConfig("int4", 32, symmetric=False, method="awq"), 0.97, 0.97),

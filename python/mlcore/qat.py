@@ -22,8 +22,8 @@ _FAKES = tuple(set(_FAKE.values()))
 
 def prepare_qat(
     model: torch.nn.Module,
-    config: QuantConfig | None = None,
-    filter: Callable[[str, torch.nn.Module], bool] | None = None,
+    config: QuantConfig | str | None = None,
+    filter: Callable[[torch.nn.Module, str], bool] | None = None,
     *,
     learn_scales: bool = False,
 ) -> QuantReport:
@@ -44,8 +44,7 @@ def prepare_qat(
     Raises:
         ValueError: as quantize; the config's method needs data; learn_scales without an int format.
     """
-    config = config or QuantConfig()
-    config.rounded(torch.zeros(1, 1))
+    config = QuantConfig.of(config, "prepare_qat")
     if config.needs_data:
         raise ValueError(f"prepare_qat: method must be one without data, the weights change; got {config.method!r}")
     if learn_scales and not config.format.startswith("int"):

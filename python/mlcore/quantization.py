@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -25,7 +26,9 @@ class QuantConfig:
     """How quantize() and prepare_qat() pack.
 
     Args:
-        format, group_size, symmetric, entries: as mlcore.quant.pack's.
+        format, symmetric, entries: as mlcore.quant.pack's.
+        group_size: as mlcore.quant.pack's, None being one scale a row; "auto": None for "int8", which many groups would make
+            slower and hardly more accurate, else 32.
         method: where ranges and codes come from. "minmax": all of a group's range, the nearest code; "percentile": the range's
             tails cut; "mse": clipped for the least squared error; "hqq": half-quadratic splitting; "gptq": errors of a column
             made up for by the next ones; "awq": columns with large inputs magnified, the layer gets an input_scale. The last
@@ -37,10 +40,13 @@ class QuantConfig:
         convolutions: False: none. True: pointwise (1x1) and depthwise ones (torch.nn.Conv2d). None: those that gain: pointwise
             ones with integer inputs from 96 by 96 channels on. A depthwise one takes its inputs as they are, whatever
             dynamic_int8 says.
+
+    Raises:
+        ValueError: a value that is none of these, or values that exclude each other.
     """
 
     format: str = "int4"
-    group_size: int | None = 32
+    group_size: int | Literal["auto"] | None = "auto"
     symmetric: bool = True
     entries: int | None = None
     method: str = "minmax"
@@ -48,6 +54,20 @@ class QuantConfig:
     dynamic_int8: bool | None = None
     embeddings: bool = False
     convolutions: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.group_size == "auto":
+            object.__setattr__(self, "group_size", None if self.format == "int8" else 32)
+        self.rounded(torch.zeros(1, 1, device="cpu"))  # raises what is wrong with it
+
+    @classmethod
+    def of(cls, config: QuantConfig | str | None, caller: str) -> QuantConfig:
+        """The config that quantize() and prepare_qat() are given: itself, that of a format, or the default."""
+        if isinstance(config, QuantConfig):
+            return config
+        if config is None or isinstance(config, str):
+            return cls() if config is None else cls(config)
+        raise ValueError(f"{caller}: config must be a QuantConfig or a format; got {type(config).__name__}")
 
     @property
     def needs_data(self) -> bool:
@@ -158,7 +178,7 @@ def choose(model, config, filter, caller) -> dict[str, str | None]:
         if not isinstance(module, KINDS):
             continue
         reasons[name] = _reason(name, module, model.get_submodule(name.rpartition(".")[0]), config, owners)
-        if reasons[name] is None and filter is not None and not filter(name, module):
+        if reasons[name] is None and filter is not None and not filter(module, name):
             reasons[name] = "the filter said no"
     return reasons
 
@@ -230,8 +250,8 @@ def _hessians(model: torch.nn.Module, layers: list[torch.nn.Module], batches: It
 
 def quantize(
     model: torch.nn.Module,
-    config: QuantConfig | None = None,
-    filter: Callable[[str, torch.nn.Module], bool] | None = None,
+    config: QuantConfig | str | None = None,
+    filter: Callable[[torch.nn.Module, str], bool] | None = None,
     *,
     batches: Iterable | None = None,
     measure_rows: int | None = None,
@@ -242,8 +262,8 @@ def quantize(
 
     Args:
         model: any module; its parts are replaced, so model itself must not be such a layer.
-        config: how; default int4 in groups of 32.
-        filter: filter(name, module) says whether a layer is taken.
+        config: how; a format is short for QuantConfig(format), and the default is int4 in groups of 32.
+        filter: filter(module, name) says whether a layer is taken.
         batches: inputs of the model (a tensor, a tuple of arguments, or a mapping of them), for methods "gptq" and "awq": the
             model is run on all of them first, and each layer keeps in_features^2 numbers meanwhile.
         measure_rows: times each layer before and after with so many rows of input; of a convolution, pixels of one image,
@@ -254,11 +274,10 @@ def quantize(
         seconds a call; or why it was left.
 
     Raises:
-        ValueError: model is no torch.nn.Module or a layer itself, config breaks pack's rules, or batches come without "gptq" or
+        ValueError: model is no torch.nn.Module or a layer itself, config is something else, or batches come without "gptq" or
             "awq", or one of these without them.
     """
-    config = config or QuantConfig()
-    config.pack(torch.zeros(1, 1))  # what is wrong with the config is said before anything is changed
+    config = QuantConfig.of(config, "quantize")
     if (batches is not None) != config.needs_data:
         raise ValueError(f"quantize: batches and method 'gptq' or 'awq' belong together; got method {config.method!r}")
     reasons = choose(model, config, filter, "quantize")

@@ -73,7 +73,7 @@ def test_training_is_the_parts_with_dropout():
 
 def test_what_is_left():
     model = make(hidden_act="relu")
-    mlcore.quantize(model, QuantConfig("int4", 16), lambda name, m: "layer.1.attention.self.key" not in name)
+    mlcore.quantize(model, QuantConfig("int4", 16), lambda m, name: "layer.1.attention.self.key" not in name)
     model.encoder.layer[0].output = type(model.encoder.layer[0].output)(model.config)
     left = fuse(model).left
     assert left == {

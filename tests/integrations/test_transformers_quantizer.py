@@ -62,7 +62,7 @@ def test_quantize_save_load(saved, tmp_path, kind, config):
     low = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
     assert len(low) == (14 if kind == "llama" else 13) and {r.name for r in model.quantization_report.quantized} >= set(low)
     twin = copy.deepcopy(stock)
-    mlcore.quantize(twin, MlcoreConfig(**config).quant_config(), lambda name, m: name != "lm_head")
+    mlcore.quantize(twin, MlcoreConfig(**config).quant_config(), lambda m, name: name != "lm_head")
     want = output(model)
     assert torch.equal(want, output(twin))
     model.save_pretrained(tmp_path)

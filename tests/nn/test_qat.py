@@ -118,7 +118,7 @@ def test_nothing_else_changes():
     calls = []
     model.hidden.register_forward_hook(lambda *_: calls.append(1))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    report = mlcore.prepare_qat(model, filter=lambda name, module: name != "out")
+    report = mlcore.prepare_qat(model, filter=lambda module, name: name != "out")
     assert model.hidden.weight is weight and model.state_dict().keys() == before.keys()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert {r.name: r.skipped for r in report.skipped} == {

@@ -153,7 +153,7 @@ def test_quantize():
 
 def test_quantize_filter_and_embeddings():
     model = torch.nn.Sequential(torch.nn.Embedding(30, 64), torch.nn.Linear(64, 8), torch.nn.Linear(8, 8))
-    report = mlcore.quantize(model, QuantConfig(embeddings=True), lambda name, module: name != "2")
+    report = mlcore.quantize(model, QuantConfig(embeddings=True), lambda module, name: name != "2")
     assert [r.name for r in report.quantized] == ["0", "1"] and isinstance(model[0], QuantEmbedding)
     assert report.skipped[0].skipped == "the filter said no" and not model[1].dynamic_int8
     assert model(torch.arange(5)).shape == (5, 8)
@@ -207,7 +207,7 @@ def test_gptq_sees_the_inputs():
         twin = copy.deepcopy(model)
         config = QuantConfig("int4", 32, method=method)
         batches = [x[:128], (x[128:],), {"x": x[:1], "scale": 0.5}] if method == "gptq" else None
-        report = mlcore.quantize(twin, config, lambda name, module: name != "mix", batches=batches)
+        report = mlcore.quantize(twin, config, lambda module, name: name != "mix", batches=batches)
         assert twin.training and not twin.out._forward_pre_hooks
         errors[method] = (twin(x) - want).square().mean().item()
         left = {r.name: r.skipped for r in report.skipped}

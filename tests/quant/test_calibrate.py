@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -152,12 +153,29 @@ def test_awq_for_integer_inputs(data):
     assert errors["awq"] < 0.7 * errors["minmax"]
 
 
-def test_config_refuses():
-    for config, message in (
-        (QuantConfig("nf4", method="hqq"), "format"),
-        (QuantConfig("codebook", entries=4, method="mse"), "entries belong to method 'minmax'"),
-        (QuantConfig(method="percentile", percentile=10), "percentile must be above 50"),
-        (QuantConfig(method="mse", percentile=99.0), "percentile belongs to method 'percentile'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            mlcore.quantize(torch.nn.Sequential(torch.nn.Linear(2, 2)), config)
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"format": "int9"}, "format must be 'int1' to 'int8', 'ternary', 'binary', 'nf4', 'codebook'; got 'int9'"),
+        ({"format": 8}, "got 8"),
+        ({"format": "nf4", "method": "hqq"}, "pack_hqq: format must be 'int1' to 'int8'; got 'nf4'"),
+        ({"format": "nf4", "symmetric": False}, "belong to int formats; got 'nf4'"),
+        ({"group_size": 0}, "group_size must be at least 1; got 0"),
+        ({"format": "codebook", "entries": 4, "method": "mse"}, "entries belong to method 'minmax'"),
+        ({"method": "median"}, "method must be one of"),
+        ({"method": "percentile", "percentile": 10}, "percentile must be above 50"),
+        ({"method": "mse", "percentile": 99.0}, "percentile belongs to method 'percentile'"),
+    ],
+)
+def test_config_refuses(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        QuantConfig(**given)
+
+
+def test_config_defaults():
+    assert QuantConfig("int8").group_size is None and QuantConfig("int8").integer_inputs
+    assert QuantConfig() == QuantConfig("int4", 32) and QuantConfig("int8", 16).group_size == 16
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    assert mlcore.quantize(model, "int8").quantized and model[0].dynamic_int8
+    with pytest.raises(ValueError, match="config must be a QuantConfig or a format; got int"):
+        mlcore.quantize(torch.nn.Sequential(torch.nn.Linear(8, 8)), 8)

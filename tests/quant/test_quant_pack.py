@@ -82,7 +82,7 @@ W, ZERO = torch.randn(6, 40), torch.zeros(2, 8).int()
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: pack(W, "int9"), 'format must be "int1" to "int8"'),
+        (lambda: pack(W, "int9"), "format must be 'int1' to 'int8'"),
         (lambda: pack(W, group_size=0), "group_size must be at least 1; got 0"),
         (lambda: pack(W, group_size=-3), "group_size must be at least 1; got -3"),
         (lambda: pack(W[0]), r"weight must be floating, \(N, K\)"),

@@ -4,6 +4,8 @@ save_pretrained and from_pretrained of what came out of it. Importing this modul
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 try:
@@ -48,7 +50,7 @@ class MlcoreConfig(QuantizationConfigMixin):
     def __init__(
         self,
         bits: int | None = 4,
-        group_size: int | None = 32,
+        group_size: int | Literal["auto"] | None = "auto",
         symmetric: bool = True,
         method: str = "mse",
         *,
@@ -70,7 +72,7 @@ class MlcoreConfig(QuantizationConfigMixin):
         self.format, self.entries, self.percentile, self.dynamic_int8 = format, entries, percentile, dynamic_int8
         self.embeddings, self.modules_to_not_convert, self.layers = embeddings, modules_to_not_convert, layers
         config = self.quant_config()
-        config.rounded(torch.zeros(1, 1, device="cpu"))
+        self.group_size = config.group_size
         if config.needs_data and layers is None:
             raise ValueError(
                 f"MlcoreConfig: method must be one without data (else mlcore.quantize, then attach); got {method!r}"
@@ -150,7 +152,7 @@ class MlcoreQuantizer(HfQuantizer):
                 model, self.quantization_config.modules_to_not_convert, model._keep_in_fp32_modules
             )
             config = self.quantization_config.quant_config()
-            model.quantization_report = quantize(model, config, lambda name, module: should_convert_module(name, left))
+            model.quantization_report = quantize(model, config, lambda module, name: should_convert_module(name, left))
             self.quantization_config.layers = _layers(model)
             return model
         buffers = dict(model.named_buffers())

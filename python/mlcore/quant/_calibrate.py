@@ -17,7 +17,7 @@ def _checked(name: str, weight: torch.Tensor, format: str, group_size: int | Non
     if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
         raise ValueError(f"{name}: group_size must be at least 1; got {group_size}")
     K = max(weight.shape[1], 1)
-    return weight.detach().float(), _int_bits(format), K if group_size is None else min(group_size, K)
+    return weight.detach().float(), _int_bits(format, name, ()), K if group_size is None else min(group_size, K)
 
 
 def _check_hessian(name: str, hessian: torch.Tensor, K: int) -> None:

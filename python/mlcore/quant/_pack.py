@@ -9,6 +9,9 @@ import torch
 
 from ._packed import PackedWeight, pack_codes, spread
 
+_INT = tuple(f"int{bits}" for bits in range(1, 9))
+_NOT_INT = ("ternary", "binary", "nf4", "codebook")
+
 # NF4: 16 quantiles of a normal distribution, 0 among them, normalized to [-1, 1] (Dettmers et al. 2023, QLoRA, appendix E).
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -157,6 +160,8 @@ def rounded(weight, format="int4", group_size=None, symmetric=True, entries=None
         raise ValueError(f"pack: group_size must be at least 1; got {group_size}")
     if format != "codebook" and (entries is not None or codebook is not None or tables != 1):
         raise ValueError(f"pack: entries, codebook and tables belong to format 'codebook'; got {format!r}")
+    if not symmetric and format in _NOT_INT:
+        raise ValueError(f"pack: zero points (symmetric=False) belong to int formats; got {format!r}")
     weight = weight.detach().float()
     N, K = weight.shape
     size = max(K, 1) if group_size is None else min(group_size, max(K, 1))
@@ -197,10 +202,11 @@ def rounded(weight, format="int4", group_size=None, symmetric=True, entries=None
     return Rounded(codes, scales, bits, size, codebook=books)
 
 
-def _int_bits(format: str) -> int:
-    if len(format) == 4 and format.startswith("int") and format[3] in "12345678":
-        return int(format[3])
-    raise ValueError(f'pack: format must be "int1" to "int8", "ternary", "binary", "nf4" or "codebook"; got {format!r}')
+def _int_bits(format: str, name: str = "pack", others: tuple[str, ...] = _NOT_INT) -> int:
+    if format in _INT:
+        return _INT.index(format) + 1
+    allowed = ", ".join(map(repr, others))
+    raise ValueError(f"{name}: format must be 'int1' to 'int8'{allowed and ', ' + allowed}; got {format!r}")
 
 
 def unpack(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
