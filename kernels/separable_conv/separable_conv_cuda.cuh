@@ -195,7 +195,7 @@ MLC_DEVICE void make_slice(const SeparableConv& p, Tile<T>& tile, int m0, int c0
 template <class T>
 MLC_DEVICE void load_weights(const SeparableConv& p, T (*w)[kColumns + 8], int c0, int n0) {
   const int blocks = (p.C + kBlock - 1) / kBlock;
-#pragma unroll 4
+#pragma unroll 2
   for (int i = threadIdx.x; i < Slice<T>::kChannels * (kColumns / 4); i += kThreads) {
     const int k = i / (kColumns / 4), n = i % (kColumns / 4) * 4, c = c0 + k, j = n0 + n;
     const bool there = j / kBlock < (p.J + kBlock - 1) / kBlock;
