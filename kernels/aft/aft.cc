@@ -17,6 +17,8 @@ namespace {
 constexpr const char* kOp = "aft";
 thread_local Scratch shared_scratch;  // of the calling thread; its workers get slices
 
+void refuse_work(const DLTensor* work) { require(work == nullptr, kOp, ": work must be left out: the CPU has its own"); }
+
 const Tensor& like_rows(const Tensor& x, Dtype dtype, const AftProblem& p, bool keys) {
   return x.on(kDLCPU).dtype_in({dtype}).shape_is({p.B, p.H, keys ? p.S : p.T, p.D}, keys ? "(B, H, S, D)" : "(B, H, T, D)");
 }
@@ -219,12 +221,18 @@ void bwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor
 }  // namespace mlcore
 
 int mlc_aft_fwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, int64_t window, int64_t causal,
-                DLTensor* o, DLTensor* y, DLTensor* den, DLTensor* peak) {
-  return mlcore::guard([&] { mlcore::fwd(q, k, v, bias, window, causal, o, y, den, peak); });
+                DLTensor* o, DLTensor* y, DLTensor* den, DLTensor* peak, DLTensor* work) {
+  return mlcore::guard([&] {
+    mlcore::refuse_work(work);
+    mlcore::fwd(q, k, v, bias, window, causal, o, y, den, peak);
+  });
 }
 
 int mlc_aft_bwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, int64_t window, int64_t causal,
                 const DLTensor* y, const DLTensor* den, const DLTensor* peak, const DLTensor* d_o, DLTensor* dq, DLTensor* dk,
-                DLTensor* dv, DLTensor* dbias) {
-  return mlcore::guard([&] { mlcore::bwd(q, k, v, bias, window, causal, y, den, peak, d_o, dq, dk, dv, dbias); });
+                DLTensor* dv, DLTensor* dbias, DLTensor* work) {
+  return mlcore::guard([&] {
+    mlcore::refuse_work(work);
+    mlcore::bwd(q, k, v, bias, window, causal, y, den, peak, d_o, dq, dk, dv, dbias);
+  });
 }

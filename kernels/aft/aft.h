@@ -11,17 +11,20 @@
 //   bias : float32, contiguous; -inf hides a key from a query.    y, den, peak : (B, H, T, D) float32, contiguous: what
 //   backward needs; NULL where it isn't wanted. den is the denominator, relative to the kernel's scale or, where
 //   k and w are far apart, to e^peak.
+//   work : float32, contiguous, memory that GPU kernels ask for; NULL for the CPU's, which have their own:
+//   max((B, H, G + 1, 3, D) once or twice with a band or no bias, where G = ceil(sources / 32) of the S keys or, in backward,
+//   the T queries; min(32, ceil(T / 32)) times dbias (G, C), at least once)
 #ifndef MLCORE_AFT_H_
 #define MLCORE_AFT_H_
 
 #include "mlcore/api.h"
 
 MLC_API int mlc_aft_fwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, int64_t window,
-                        int64_t causal, DLTensor* o, DLTensor* y, DLTensor* den, DLTensor* peak);
+                        int64_t causal, DLTensor* o, DLTensor* y, DLTensor* den, DLTensor* peak, DLTensor* work);
 
 // Gradients of sum(o * d_o): dq, dk, dv as q, k, v; dbias as bias, NULL where it isn't wanted.
 MLC_API int mlc_aft_bwd(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* bias, int64_t window,
                         int64_t causal, const DLTensor* y, const DLTensor* den, const DLTensor* peak, const DLTensor* d_o,
-                        DLTensor* dq, DLTensor* dk, DLTensor* dv, DLTensor* dbias);
+                        DLTensor* dq, DLTensor* dk, DLTensor* dv, DLTensor* dbias, DLTensor* work);
 
 #endif  // MLCORE_AFT_H_

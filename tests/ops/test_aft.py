@@ -130,7 +130,7 @@ def test_falling_and_rising_keys(kind, causal):
 def test_hidden_keys_count_for_nothing(name, kind):
     """A key of -inf, NaN as its value; and pairs hidden by the bias."""
     inputs, options = make(kind, SMALL)
-    hidden = torch.rand(70) < 0.3
+    hidden = torch.rand(SMALL[2]) < 0.3
     inputs["k"][:, :, hidden] = -torch.inf
     clean = {n: t.detach().requires_grad_() for n, t in inputs.items()}
     dirty = dict(clean, v=inputs["v"].masked_fill(hidden[:, None], torch.nan).requires_grad_())
@@ -339,8 +339,8 @@ def test_bad_arguments_are_named(kwargs, message):
 def test_native_functions_check_for_themselves():
     q, o = torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 5, 4)
     with pytest.raises(ValueError, match="window needs bias"):
-        _C.aft_fwd(q, q, q, None, 3, 0, o, None, None, None)
+        _C.aft_fwd(q, q, q, None, 3, 0, o, None, None, None, None)
     with pytest.raises(ValueError, match="y, den and peak go together"):
-        _C.aft_fwd(q, q, q, None, 0, 0, o, o, None, None)
+        _C.aft_fwd(q, q, q, None, 0, 0, o, o, None, None, None)
     with pytest.raises(ValueError, match="bias must be"):
-        _C.aft_fwd(q, q, q, q[0], 0, 0, o, None, None, None)
+        _C.aft_fwd(q, q, q, q[0], 0, 0, o, None, None, None, None)

@@ -165,9 +165,9 @@ def compare_with_float64(ours, stock, leaves, seed, channels):
 
 @pytest.mark.parametrize("name", testing.available("separable_conv"))
 @pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_training_norm(name, offset):
+def test_training_norm(name, offset, shape=(5, 34, 9, 8)):
     """Batch moments, running moments and all gradients through them, also where the mean is large."""
-    N, C, H, W = 5, 34, 9, 8
+    N, C, H, W = shape
     x = torch.randn(N, H, W, C).movedim(-1, 1) + offset
     depthwise, pointwise = torch.randn(C, 1, 3, 3) / 3 + 0.2, torch.randn(20, C, 1, 1) / 6
     leaves = [x, depthwise, pointwise, torch.rand(C) + 0.5, torch.randn(C)]

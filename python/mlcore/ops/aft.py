@@ -20,6 +20,7 @@ from ..kernels.aft import aft_ref
 from ._tokens import check_tokens, inner_contiguous
 
 _OP = "aft"
+_GROUP = 32  # kTile and kMaxParts of aft.cu
 _ARGS = "Tensor q, Tensor k, Tensor v, Tensor? bias, int window, bool causal"
 
 
@@ -31,11 +32,24 @@ def _new_forward(q, keep):
     return o, *kept
 
 
+def _work(q, k, bias, window, causal, with_bias, backward, impl):
+    """Memory for the GPU kernels' sums, as aft.h has it."""
+    if impl == "cpu":
+        return None
+    (B, H, T, D), S = q.shape, k.shape[2]
+    far = B * H * (-(-(T if backward else S) // _GROUP) + 1) * 3 * D
+    floats = 0 if bias is not None and window == 0 else far * (2 if window and not causal else 1)
+    if with_bias and bias.dim() == 2:
+        floats = max(floats, min(max(-(-T // _GROUP), 1), _GROUP) * bias.numel())
+    return torch.empty(floats, dtype=torch.float32, device=q.device)
+
+
 def _fwd_launch(q, k, v, bias, window, causal, keep, impl):
     q, k, v = (inner_contiguous(t) for t in (q, k, v))
     o, *kept = _new_forward(q, keep)
     bias = None if bias is None else bias.contiguous()
-    kernel(_OP, "fwd", impl)(q, k, v, bias, window, int(causal), o, *(kept if keep else (None,) * 3))
+    work = _work(q, k, bias, window, causal, False, False, impl)
+    kernel(_OP, "fwd", impl)(q, k, v, bias, window, int(causal), o, *(kept if keep else (None,) * 3), work)
     return o, *kept
 
 
@@ -53,8 +67,9 @@ def _bwd_launch(q, k, v, bias, window, causal, y, den, peak, d_o, with_bias, imp
     dq, dk, dv, dbias = _new_gradients(q, k, v, bias, with_bias)
     q, k, v, d_o = (inner_contiguous(t) for t in (q, k, v, d_o))
     bias = None if bias is None else bias.contiguous()
+    work = _work(q, k, bias, window, causal, with_bias, True, impl)
     kernel(_OP, "bwd", impl)(
-        q, k, v, bias, window, int(causal), y, den, peak, d_o, dq, dk, dv, dbias if with_bias else None
+        q, k, v, bias, window, int(causal), y, den, peak, d_o, dq, dk, dv, dbias if with_bias else None, work
     )  # fmt: skip
     return dq, dk, dv, dbias
 
@@ -128,7 +143,7 @@ def aft(
         bias: floating, as above; -inf hides a key from a query.
         window: at least 1. With causal the band's second half doesn't exist: bias has s columns, for j = t - s + 1 to t.
         causal: query t sees keys up to t; S = T.
-        impl: "cpu" or "reference"; None chooses (see mlcore.explain).
+        impl: "cpu", "cuda", "triton" or "reference"; None chooses (see mlcore.explain).
 
     Returns:
         o (B, H, T, D) in q's dtype; 0 where a query sees no key. Differentiable in every tensor; second derivatives,

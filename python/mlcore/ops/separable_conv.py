@@ -137,7 +137,7 @@ def batch_norm2d(
         norm: with training=True; running moments, where given, are moved in place.
         activation: None, "relu", "relu6" or "silu".
         residual: x's shape and dtype.
-        impl: "cpu" or "reference"; None chooses (see mlcore.explain, op "separable_conv").
+        impl: "cpu", "cuda", "triton" or "reference"; None chooses (see mlcore.explain, op "separable_conv").
 
     Returns:
         y (N, C, H, W) in x's dtype, channels_last. Differentiable; second derivatives go through the reference.
@@ -198,7 +198,7 @@ def separable_conv2d(
         norm, pointwise_norm: a BatchNorm behind each convolution; with training=True it takes the batch's moments.
         activation, pointwise_activation: None, "relu", "relu6" or "silu".
         residual: (N, J, Ho, Wo), added last.
-        impl: "cpu" or "reference"; None chooses (see mlcore.explain, op "separable_conv").
+        impl: "cpu", "cuda", "triton" or "reference"; None chooses (see mlcore.explain, op "separable_conv").
 
     Returns:
         y (N, J, Ho, Wo) in x's dtype, channels_last. Differentiable; second derivatives go through the reference.
@@ -264,7 +264,12 @@ class _PackedProduct:
             scale, bias = _fold(norm, bias)
             self._blocks = op.blocks_of((matrix if scale is None else matrix * scale[:, None]).t())
             self._bias = op.wide(bias)
-        self._kernel, self._geometries = kernel(OP, "fwd", "cpu"), {}
+        backend = choose(OP, None, self._blocks)
+        if backend == "reference":
+            raise ValueError(
+                f"{type(self).__name__}: {self._blocks.device} has no kernel; see mlcore.explain('separable_conv', x)"
+            )
+        self._kernel, self._geometries = kernel(OP, "fwd", backend), {}
         self._channels, self._g = matrix.shape[0], activation
 
     def _geometry(self, x):
@@ -282,7 +287,7 @@ class _PackedProduct:
 
 class PackedConv(_PackedProduct):
     """torch.nn.functional.conv2d for few input channels, with everything that inference knows beforehand done once: the norm
-    folded into the weights, these packed. Without gradients, on the CPU.
+    folded into the weights, these packed. Without gradients.
 
     Args:
         weight: (J, C, KH, KW).
@@ -321,14 +326,14 @@ class PackedConv(_PackedProduct):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         self._refuse_gradients(x)
         geometry, size = self._geometry(x)
-        y = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+        y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         self._kernel(x, None, None, None, self._blocks, self._bias, None, *geometry, 0, self._g, y, None, None)
         return y
 
 
 class PackedSeparable(_PackedProduct):
     """separable_conv2d with everything that inference knows beforehand done once: both norms folded into the weights, the
-    pointwise ones packed. Without gradients, on the CPU.
+    pointwise ones packed. Without gradients.
 
     Args: as separable_conv2d has them; norm and pointwise_norm with fixed moments.
 
@@ -378,7 +383,7 @@ class PackedSeparable(_PackedProduct):
         if multiplier != 1:
             x = x.repeat_interleave(multiplier, 1)
         x, residual = op.channels_last(x), op.channels_last(residual)
-        y = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+        y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         tensors = (x, self._depthwise, self._scale, self._shift, self._blocks, self._bias, residual)
         self._kernel(*tensors, *geometry, 0, 0, self._f, self._g, y, None, None)
         return y
