@@ -7,6 +7,7 @@
 #include "core/pages.h"
 #include "core/parallel.h"
 #include "core/scratch.h"
+#include "separable_conv/separable_conv_backward.h"
 #include "separable_conv/separable_conv_kernels.h"
 
 namespace mlcore {
@@ -16,6 +17,7 @@ constexpr const char* kOp = "separable_conv";
 constexpr int64_t kStripPixels = 112;  // with 64 channels 28 KiB: a strip of a stays in the L1 cache beside a panel of weights
 constexpr int64_t kLeastPixels = 24, kItems = 8;  // MobileNetV2's 7 x 7 and 14 x 14 layers left a thread without work
 thread_local Scratch shared_scratch;              // of the calling thread; its workers get slices
+thread_local Scratch packed_scratch;              // of weights that aren't packed beforehand
 
 int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
 
@@ -53,6 +55,15 @@ void put_together(const float* partial, int64_t blocks, int64_t channels, F&& co
       moments[channels + c + i] = static_cast<float>(std::max(squares[i] / total, squares[i] - squares[i]));  // NaN stays
     }
   });
+}
+
+const float* packed_blocks(const float* matrix, int64_t J, int64_t C) {
+  const int64_t blocks = (J + kBlock - 1) / kBlock, rows = (C + kBlock - 1) / kBlock * kBlock;
+  float* to = packed_scratch.floats(static_cast<size_t>(blocks * kBlock * rows));
+  parallel_for(blocks, std::max<int64_t>((1 << 15) / (rows * kBlock), 1), [&](int64_t begin, int64_t end) {
+    separable_backward_kernels_now().pack(matrix, C, begin * kBlock, std::min(end * kBlock, J), to);
+  });
+  return to;
 }
 
 struct Problem {
@@ -152,10 +163,14 @@ void fwd(const DLTensor* x_, const DLTensor* depthwise_, const DLTensor* scale_,
   p.J = y.size(1), p.Ho = y.size(2), p.Wo = y.size(3);
   p.y = problem.pixels(y, "y", {p.N, p.J, p.Ho, p.Wo}, "(N, J, Ho, Wo)");
   p.residual = problem.pixels(residual, "residual", {p.N, p.J, p.Ho, p.Wo}, "(N, J, Ho, Wo)");
-  pointwise.on(kDLCPU)
-      .dtype_in({Dtype::f32})
-      .shape_is({(p.J + kBlock - 1) / kBlock, (p.C + kBlock - 1) / kBlock, kBlock, kBlock}, "(ceil(J/64), ceil(C/64), 64, 64)")
-      .contiguous();
+  const bool packed = pointwise.on(kDLCPU).dtype_in({Dtype::f32}).rank() == 4;
+  if (packed) {
+    pointwise.shape_is({(p.J + kBlock - 1) / kBlock, (p.C + kBlock - 1) / kBlock, kBlock, kBlock},
+                       "(ceil(J/64), ceil(C/64), 64, 64)");
+  } else {
+    pointwise.shape_is({p.J, p.C}, "(J, C), or in blocks of 64 by 64");
+  }
+  pointwise.contiguous();
   p.pointwise = pointwise.data<float>(), p.bias = Problem::channels(bias, p.J, "(J)"), p.g = Problem::activation(g, "g");
   require(p.C >= 1, kOp, ": x must have channels");
   require(partial.present() == moments.present(), kOp, ": partial and moments must be given together");
@@ -163,6 +178,7 @@ void fwd(const DLTensor* x_, const DLTensor* depthwise_, const DLTensor* scale_,
   float* taken = Problem::sums(moments, {2, p.J}, "(2, J)");
   if (y.numel() == 0) return;
   prefer_huge_pages(y.raw(), problem.bytes(y));
+  if (!packed) p.pointwise = packed_blocks(p.pointwise, p.J, p.C);
   // Items of work are strips by blocks of columns. Few items: strips are cut first, then columns, each of which makes its own
   // a.
   const int64_t blocks = (p.J + kBlock - 1) / kBlock, least = std::clamp<int64_t>((kLeastPixels + p.Wo - 1) / p.Wo, 1, p.Ho);
@@ -178,6 +194,7 @@ void fwd(const DLTensor* x_, const DLTensor* depthwise_, const DLTensor* scale_,
                   const int64_t begin = i % cuts * group;
                   kernels.fwd(p, i / cuts, begin, std::min(begin + group, p.J), shared, scratch);
                 });
+  packed_scratch.release_if_large();
   if (!taken) return;
   const auto count = [&](int64_t b) { return std::min(p.strip, p.Ho - b % p.strips() * p.strip) * p.Wo; };
   put_together(p.partial, strips, p.J, count, taken);
@@ -210,28 +227,8 @@ void hidden(const DLTensor* x_, const DLTensor* depthwise_, const DLTensor* scal
   put_together(p.partial, blocks, p.C, count, taken);
 }
 
-void bwd(const DLTensor* da_, const DLTensor* x_, const DLTensor* depthwise_, const DLTensor* scale_, const DLTensor* shift_,
-         const DLTensor* moments_, const int64_t (&stride)[2], const int64_t (&dilation)[2], const int64_t (&pad)[2], int64_t f,
-         DLTensor* d_, DLTensor* sums_, DLTensor* partial_) {
-  const Tensor da(da_, kOp, "da"), x(x_, kOp, "x"), depthwise(depthwise_, kOp, "depthwise"), scale(scale_, kOp, "scale"),
-      shift(shift_, kOp, "shift"), moments(moments_, kOp, "moments"), d(d_, kOp, "d"), sums(sums_, kOp, "sums"),
-      partial(partial_, kOp, "partial");
-  Problem problem(x, depthwise, scale, shift, stride, dilation, pad, f);
-  SeparableConv& p = problem.p;
-  d.rank_is(4, "(N, C, Ho, Wo)");
-  p.Ho = d.size(2), p.Wo = d.size(3);
-  p.a = problem.pixels(d, "d", {p.N, p.C, p.Ho, p.Wo}, "(N, C, Ho, Wo)");
-  p.da = problem.pixels(da, "da", {p.N, p.C, p.Ho, p.Wo}, "(N, C, Ho, Wo)");
-  require(da.present(), kOp, ": da must be given");
-  const int64_t blocks = (p.N * p.Ho + kPartialRows - 1) / kPartialRows;
-  partial.on(kDLCPU), sums.on(kDLCPU);
-  p.partial = Problem::sums(partial, {blocks, 3, p.C}, "(ceil(N*Ho/16), 3, C)");
-  float* out = Problem::sums(sums, {4, p.C}, "(4, C)");
-  const float* given = Problem::sums(moments, {2, p.C}, "(2, C)");
-  p.mean = given;
-  if (d.numel() == 0) return std::fill_n(out, 4 * p.C, 0.0f), void();
-  prefer_huge_pages(d.raw(), problem.bytes(d));
-  problem.hidden(given ? HiddenPass::sums : HiddenPass::gradient);
+// Of a norm's gradient, from the partial sums of `blocks` blocks of e and e (h - mean): the four rows of sums.
+void finish_sums(const SeparableConv& p, int64_t blocks, const float* given, float* out) {
   for_channels(p.C, blocks, [&](int64_t c, int64_t n) {
     double by_shift[kBlock] = {}, by_scale[kBlock] = {};
     for (int64_t b = 0; b < blocks; ++b) {
@@ -248,9 +245,122 @@ void bwd(const DLTensor* da_, const DLTensor* x_, const DLTensor* depthwise_, co
       out[3 * p.C + i] = static_cast<float>(-factor * by_shift[i - c] - by_h * mean);
     }
   });
-  if (!given) return;
+}
+
+void bwd(const DLTensor* da_, const DLTensor* x_, const DLTensor* depthwise_, const DLTensor* scale_, const DLTensor* shift_,
+         const DLTensor* moments_, const int64_t (&stride)[2], const int64_t (&dilation)[2], const int64_t (&pad)[2], int64_t f,
+         DLTensor* d_, DLTensor* sums_, DLTensor* partial_) {
+  const Tensor da(da_, kOp, "da"), x(x_, kOp, "x"), depthwise(depthwise_, kOp, "depthwise"), scale(scale_, kOp, "scale"),
+      shift(shift_, kOp, "shift"), moments(moments_, kOp, "moments"), d(d_, kOp, "d"), sums(sums_, kOp, "sums"),
+      partial(partial_, kOp, "partial");
+  Problem problem(x, depthwise, scale, shift, stride, dilation, pad, f);
+  SeparableConv& p = problem.p;
+  da.rank_is(4, "(N, C, Ho, Wo)");
+  p.Ho = da.size(2), p.Wo = da.size(3);
+  p.a = problem.pixels(d, "d", {p.N, p.C, p.Ho, p.Wo}, "(N, C, Ho, Wo)");
+  p.da = problem.pixels(da, "da", {p.N, p.C, p.Ho, p.Wo}, "(N, C, Ho, Wo)");
+  require(d.present() || partial.present(), kOp, ": d or partial must be given");
+  require(moments.present() || (d.present() && partial.present()), kOp, ": without moments d and partial must be given");
+  const int64_t blocks = (p.N * p.Ho + kPartialRows - 1) / kPartialRows;
+  sums.on(kDLCPU);
+  p.partial = Problem::sums(partial, {blocks, 3, p.C}, "(ceil(N*Ho/16), 3, C)");
+  float* out = Problem::sums(sums, {4, p.C}, "(4, C)");
+  const float* given = Problem::sums(moments, {2, p.C}, "(2, C)");
+  p.mean = given;
+  if (da.numel() == 0) return std::fill_n(out, 4 * p.C, 0.0f), void();
+  if (d.present()) prefer_huge_pages(d.raw(), problem.bytes(d));
+  if (partial.present()) {
+    problem.hidden(given ? HiddenPass::sums : HiddenPass::gradient);
+    finish_sums(p, blocks, given, out);
+  }
+  if (!given || !d.present()) return;
   p.by_h = out + 2 * p.C, p.constant = out + 3 * p.C;
   problem.hidden(HiddenPass::norm);
+}
+
+// (J, C) in panels of 64 columns, (ceil(C/64), J, 64), 0 beyond C.
+void pack_panels(const float* pointwise, int64_t J, int64_t C, float* to) {
+  for (int64_t c = 0; c < C; c += kBlock)
+    for (int64_t j = 0; j < J; ++j, to += kBlock) {
+      const int64_t n = std::min(kBlock, C - c);
+      std::copy_n(pointwise + j * C + c, n, to);
+      std::fill_n(to + n, kBlock - n, 0.0f);
+    }
+}
+
+void add_parts(const SeparableBackward& b, float* dpointwise) {
+  const int64_t J = b.conv.J, C = b.conv.C, ld = b.columns();
+  parallel_for(J, std::max<int64_t>((1 << 15) / std::max<int64_t>(C * b.parts, 1), 1), [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      float* to = dpointwise + j * C;
+      std::copy_n(b.partial + j * ld, C, to);
+      for (int64_t part = 1; part < b.parts; ++part) {
+        const float* from = b.partial + (part * J + j) * ld;
+        for (int64_t c = 0; c < C; ++c) to[c] += from[c];
+      }
+    }
+  });
+}
+
+// Strips of about kStripPixels pixels, all of an image nearly the same.
+int64_t even_strip(int64_t rows, int64_t columns) {
+  const int64_t most = std::clamp<int64_t>(kStripPixels / columns, 1, rows), strips = (rows + most - 1) / most;
+  return (rows + strips - 1) / strips;
+}
+
+void bwd_product(const DLTensor* dy_, const DLTensor* z_, const DLTensor* z_scale_, const DLTensor* z_shift_,
+                 const DLTensor* z_sums_, const DLTensor* x_, const DLTensor* depthwise_, const DLTensor* scale_,
+                 const DLTensor* shift_, const DLTensor* moments_, const DLTensor* pointwise_, const int64_t (&stride)[2],
+                 const int64_t (&dilation)[2], const int64_t (&pad)[2], int64_t f, int64_t g, DLTensor* d_, DLTensor* sums_,
+                 DLTensor* dpointwise_, DLTensor* partial_, DLTensor* dpartial_) {
+  const Tensor dy(dy_, kOp, "dy"), z(z_, kOp, "z"), z_scale(z_scale_, kOp, "z_scale"), z_shift(z_shift_, kOp, "z_shift"),
+      z_sums(z_sums_, kOp, "z_sums"), x(x_, kOp, "x"), depthwise(depthwise_, kOp, "depthwise"), scale(scale_, kOp, "scale"),
+      shift(shift_, kOp, "shift"), moments(moments_, kOp, "moments"), pointwise(pointwise_, kOp, "pointwise"), d(d_, kOp, "d"),
+      sums(sums_, kOp, "sums"), dpointwise(dpointwise_, kOp, "dpointwise"), partial(partial_, kOp, "partial"),
+      dpartial(dpartial_, kOp, "dpartial");
+  Problem problem(x, depthwise, scale, shift, stride, dilation, pad, f);
+  SeparableBackward b{problem.p, {}, {}, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0, moments.present()};
+  SeparableConv& p = b.conv;
+  dy.rank_is(4, "(N, J, Ho, Wo)");
+  p.J = dy.size(1), p.Ho = dy.size(2), p.Wo = dy.size(3), p.g = Problem::activation(g, "g");
+  b.dy = problem.pixels(dy, "dy", {p.N, p.J, p.Ho, p.Wo}, "(N, J, Ho, Wo)");
+  b.z = problem.pixels(z, "z", {p.N, p.J, p.Ho, p.Wo}, "(N, J, Ho, Wo)");
+  for (const Tensor* t : {&z_scale, &z_shift, &z_sums})
+    require(t->present() == z.present(), kOp, ": z, z_scale, z_shift and z_sums must be given together");
+  require(z.present() || p.g == Activation::none, kOp, ": g must be 0 (none) without z; got ", g);
+  b.scale = Problem::channels(z_scale, p.J, "(J)"), b.shift = Problem::channels(z_shift, p.J, "(J)");
+  if (z.present()) b.by_z = Problem::sums(z_sums, {4, p.J}, "(4, J)") + 2 * p.J, b.constant = b.by_z + p.J;
+  p.a = problem.pixels(d, "d", {p.N, p.C, p.Ho, p.Wo}, "(N, C, Ho, Wo)");
+  const Tensor* needed[] = {&d, &sums, &pointwise, &dpointwise, &partial, &dpartial};
+  for (const Tensor* t : needed) t->on(kDLCPU);
+  float* out = Problem::sums(sums, {4, p.C}, "(4, C)");
+  const float* matrix = Problem::sums(pointwise, {p.J, p.C}, "(J, C)");
+  float* dmatrix = Problem::sums(dpointwise, {p.J, p.C}, "(J, C)");
+  p.partial = Problem::sums(partial, {p.N * p.Ho, 3, p.C}, "(N*Ho, 3, C)");
+  dpartial.rank_is(3, "(parts, J, C rounded up to 32)");
+  b.parts = dpartial.size(0);
+  b.partial = Problem::sums(dpartial, {b.parts, p.J, b.columns()}, "(parts, J, C rounded up to 32)");
+  require(b.parts >= 1, kOp, ": dpartial must have parts; got ", b.parts);
+  p.mean = Problem::sums(moments, {2, p.C}, "(2, C)");
+  if (dy.numel() == 0 || d.numel() == 0) {
+    return std::fill_n(out, 4 * p.C, 0.0f), std::fill_n(dmatrix, p.J * p.C, 0.0f), void();
+  }
+  prefer_huge_pages(d.raw(), problem.bytes(d));
+  p.strip = even_strip(p.Ho, p.Wo);
+  const SeparableConvKernels& kernels = separable_conv_kernels_now();
+  const SeparableBackwardKernels& backward = separable_backward_kernels_now();
+  const int64_t shared = rounded(kernels.shared(p)), panels = (p.C + kBlock - 1) / kBlock * p.J * kBlock;
+  const int64_t floats = rounded(backward.scratch(b));
+  const int threads = static_cast<int>(std::min<int64_t>(num_threads(), b.parts));
+  float *scratch = shared_scratch.floats(static_cast<size_t>(shared + panels + threads * floats)),
+        *own = scratch + shared + panels;
+  kernels.prepare(p, scratch);
+  pack_panels(matrix, p.J, p.C, scratch + shared);
+  b.weights = scratch + shared;
+  parallel_near(b.parts, threads, [&](int64_t part, int thread) { backward.run(b, part, scratch, own + thread * floats); });
+  shared_scratch.release_if_large();
+  add_parts(b, dmatrix);
+  finish_sums(p, p.N * p.strips(), p.mean, out);
 }
 
 }  // namespace
@@ -284,5 +394,17 @@ int mlc_separable_conv_bwd(const DLTensor* da, const DLTensor* x, const DLTensor
   return mlcore::guard([&] {
     mlcore::bwd(da, x, depthwise, scale, shift, moments, {stride_h, stride_w}, {dilation_h, dilation_w}, {pad_h, pad_w}, f, d,
                 sums, partial);
+  });
+}
+
+int mlc_separable_conv_bwd_product(const DLTensor* dy, const DLTensor* z, const DLTensor* z_scale, const DLTensor* z_shift,
+                                   const DLTensor* z_sums, const DLTensor* x, const DLTensor* depthwise, const DLTensor* scale,
+                                   const DLTensor* shift, const DLTensor* moments, const DLTensor* pointwise, int64_t stride_h,
+                                   int64_t stride_w, int64_t dilation_h, int64_t dilation_w, int64_t pad_h, int64_t pad_w,
+                                   int64_t f, int64_t g, DLTensor* d, DLTensor* sums, DLTensor* dpointwise, DLTensor* partial,
+                                   DLTensor* dpartial) {
+  return mlcore::guard([&] {
+    mlcore::bwd_product(dy, z, z_scale, z_shift, z_sums, x, depthwise, scale, shift, moments, pointwise, {stride_h, stride_w},
+                        {dilation_h, dilation_w}, {pad_h, pad_w}, f, g, d, sums, dpointwise, partial, dpartial);
   });
 }

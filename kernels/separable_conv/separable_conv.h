@@ -5,7 +5,8 @@
 // x : (N, C, H, W) float32, bfloat16 or float16, contiguous in C, other strides free
 // y, residual : (N, J, Ho, Wo) of x's dtype, contiguous in C
 // depthwise : (C, KH, KW)      scale, shift : (C)      bias : (J)      float32, contiguous; NULL: none
-// pointwise : (ceil(J/64), ceil(C/64), 64, 64) float32: element (c, j) at [j / 64, c / 64, c % 64, j % 64], 0 beyond C and J
+// pointwise : (ceil(J/64), ceil(C/64), 64, 64) float32: element (c, j) at [j / 64, c / 64, c % 64, j % 64], 0 beyond C and J;
+//   or (J, C), which is brought into these blocks in every call
 // activation f and g: 0 none, 1 relu, 2 relu6, 3 silu. pad stands before the first element; y's size says what stands behind.
 #ifndef MLCORE_SEPARABLE_CONV_H_
 #define MLCORE_SEPARABLE_CONV_H_
@@ -36,10 +37,25 @@ MLC_API int mlc_separable_conv_hidden(const DLTensor* x, const DLTensor* depthwi
 //   sums[0] = rstd * sum(e * (h - mean)), sums[1] = sum(e)                     sums : (4, C) float32, of which two are left
 //   over d = scale * (e - (sums[1] + (h - mean) * rstd * sums[0]) / (N * Ho * Wo))   with the batch's moments : (2, C), mean
 //   and rstd d = scale * e                                                              without; then mean is 0 and rstd 1
-//   partial : (ceil(N * Ho / 16), 3, C) float32, working memory
+//   partial : (ceil(N * Ho / 16), 3, C) float32, working memory; without it the sums are given and d alone is made
+// Without d the sums alone are taken.
 MLC_API int mlc_separable_conv_bwd(const DLTensor* da, const DLTensor* x, const DLTensor* depthwise, const DLTensor* scale,
                                    const DLTensor* shift, const DLTensor* moments, int64_t stride_h, int64_t stride_w,
                                    int64_t dilation_h, int64_t dilation_w, int64_t pad_h, int64_t pad_w, int64_t f, DLTensor* d,
                                    DLTensor* sums, DLTensor* partial);
+
+// The same from dy, the gradient of y = g(z_scale * z + z_shift), through the product as well; z_sums are `sums` of bwd over dy
+// and z, whose last two rows are read. Without z, and then without z_scale, z_shift and z_sums: z is y.
+//   dz = z_scale * dy * g'(z_scale * z + z_shift) + z_sums[2] * z + z_sums[3]        dpointwise[j,c] = sum(dz[j] * a[c])
+//   da[c] = sum_j pointwise[j,c] * dz[j]        with it `sums`, and in d: e with moments, d without
+//   pointwise, dpointwise : (J, C) float32      partial : (N * Ho, 3, C), dpartial : (parts, J, C rounded up to 32) float32,
+//   working memory; sums are cut into that many parts
+MLC_API int mlc_separable_conv_bwd_product(const DLTensor* dy, const DLTensor* z, const DLTensor* z_scale,
+                                           const DLTensor* z_shift, const DLTensor* z_sums, const DLTensor* x,
+                                           const DLTensor* depthwise, const DLTensor* scale, const DLTensor* shift,
+                                           const DLTensor* moments, const DLTensor* pointwise, int64_t stride_h,
+                                           int64_t stride_w, int64_t dilation_h, int64_t dilation_w, int64_t pad_h,
+                                           int64_t pad_w, int64_t f, int64_t g, DLTensor* d, DLTensor* sums,
+                                           DLTensor* dpointwise, DLTensor* partial, DLTensor* dpartial);
 
 #endif  // MLCORE_SEPARABLE_CONV_H_

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gpu_code
 import pytest
 import test_separable_conv as suite
+import test_separable_conv_training as training
 import torch
 import torch.nn.functional as F
 from gpu_code import BF16, F16, F32, emulator
@@ -75,18 +76,18 @@ def test_interpreted_corners(activation):
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_interpreted_training_norm(offset):
-    suite.test_training_norm(BACKEND, offset, (2, 6, 5, 6) if gpu_code.INTERPRETING else (3, 34, 9, 8))
+    training.test_training_norm(BACKEND, offset, (2, 6, 5, 6) if gpu_code.INTERPRETING else (3, 34, 9, 8))
 
 
 @pytest.mark.parametrize("depthwise", [True, False])
 def test_interpreted_training_norm_behind_the_product(depthwise):
-    suite.test_training_norm_behind_the_product(BACKEND, depthwise, (2, 6, 5, 8), 70)
-    suite.test_training_norm_behind_the_product(BACKEND, depthwise, (2, 3, 2, 1), 5)
+    training.test_training_norm_behind_the_product(BACKEND, depthwise, (2, 6, 5, 8), 70)
+    training.test_training_norm_behind_the_product(BACKEND, depthwise, (2, 3, 2, 1), 5)
 
 
 def test_interpreted_batch_norm2d():
-    suite.test_batch_norm2d(BACKEND, (2, 70, 4, 6), "channels_last")
-    suite.test_batch_norm2d(BACKEND, (1, 5, 40, 3), "contiguous")
+    training.test_batch_norm2d(BACKEND, (2, 70, 4, 6), "channels_last")
+    training.test_batch_norm2d(BACKEND, (1, 5, 40, 3), "contiguous")
 
 
 def test_interpreted_pixels_over_many_parts():

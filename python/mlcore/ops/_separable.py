@@ -23,6 +23,11 @@ def blocks_of(matrix):
     return padded.view(-(-K // _BLOCK), _BLOCK, -(-N // _BLOCK), _BLOCK).permute(2, 0, 1, 3).contiguous()
 
 
+def _weights(matrix, impl):
+    """(J, C) as `impl` takes it in a call that isn't repeated: the CPU's kernel brings it into blocks itself."""
+    return wide(matrix.detach()) if impl == "cpu" else blocks_of(matrix.detach().t())
+
+
 def channels_last(t):
     return t if t is None or t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last)
 
@@ -89,11 +94,12 @@ def _run_moments(x, depthwise, numbers, impl):
     return moments
 
 
-def _back(da, x, depthwise, scale, shift, moments, numbers, f, impl, d):
-    """d and the sums; d may be da itself."""
-    sums = _floats(x, 4, x.shape[1])
+def _back(da, x, depthwise, scale, shift, moments, numbers, f, impl, d, sums=None):
+    """d and the sums; d may be da itself, or None where the sums alone are wanted. Given sums aren't taken."""
     tensors = (da, x, wide(depthwise), wide(scale), wide(shift), moments)
-    kernel(OP, "bwd", impl)(*tensors, *geometry(numbers), f, d, sums, _partial(x, d.shape[2:]))
+    partial = None if sums is not None else _partial(x, da.shape[2:])
+    sums = _floats(x, 4, x.shape[1]) if sums is None else sums
+    kernel(OP, "bwd", impl)(*tensors, *geometry(numbers), f, d, sums, partial)
     return d, sums
 
 
@@ -179,7 +185,7 @@ class SeparableConv(torch.autograd.Function):
         ctx.numbers, ctx.f, ctx.impl = numbers, f, impl
         ctx.save_for_backward(x, depthwise, weight, bias, pointwise, scale, shift, moments)
         run = _run_fwd if direct(x, depthwise, pointwise) else _fwd
-        blocks = blocks_of(pointwise.detach().t())
+        blocks = _weights(pointwise, impl)
         z, taken = run(x, depthwise, scale, shift, blocks, None, None, pointwise.shape[0], numbers, f, 0, want_moments, impl)
         ctx.mark_non_differentiable(taken)
         return z, taken
@@ -188,39 +194,81 @@ class SeparableConv(torch.autograd.Function):
     def backward(ctx, dz, _=None):
         if create_graph():
             return *_conv_graph(ctx, dz), *(None,) * 5
-        x, depthwise, weight, bias, pointwise, scale, shift, moments = ctx.saved_tensors
-        plain = direct(dz, x, pointwise)
-        same = depthwise is None and scale is None and shift is None and ctx.f == 0  # then a is x
-        J, C = pointwise.shape
-        dz_pixels = channels_last(dz).permute(0, 2, 3, 1).reshape(-1, J)
-        dpointwise = a = None
-        if ctx.needs_input_grad[4]:
-            run = _run_hidden if plain else _hidden
-            a = channels_last(x) if same else run(x, depthwise, scale, shift, None, ctx.numbers, ctx.f, ctx.impl)
-            dpointwise = (dz_pixels.t() @ a.permute(0, 2, 3, 1).reshape(-1, C)).to(pointwise.dtype)
-        if not any(ctx.needs_input_grad[:4]):
-            return *(None,) * 4, dpointwise, *(None,) * 5
-        if plain and a is not None and not same:  # a is of no more use: its memory, which is there already, takes its gradient
-            da = a
-            torch.mm(dz_pixels, pointwise.to(dz.dtype), out=da.permute(0, 2, 3, 1).view(-1, C))
+        *tensors, scale, shift, moments = ctx.saved_tensors
+        affine, words = (scale, shift, moments), (ctx.numbers, ctx.f, ctx.impl)
+        parts = _parts(ctx.needs_input_grad, dz, tensors, ctx.impl)
+        if parts:
+            found = _fused_gradients(ctx.needs_input_grad, parts, dz, (None,) * 4, 0, tensors, affine, *words)
         else:
-            da = (dz_pixels @ pointwise.to(dz.dtype)).view(dz.shape[0], *dz.shape[2:], C).permute(0, 3, 1, 2)
-        if same:
-            return da, None, None, None, dpointwise, *(None,) * 5
-        args = (da, x, depthwise, scale, shift, moments, ctx.numbers, ctx.f, ctx.impl)
-        d, sums = _back(da, channels_last(x), *args[2:], da) if plain else _bwd(*args)
-        dx, ddepthwise = _hidden_gradients(ctx, d, x, depthwise)
-        return dx, ddepthwise, _to(sums[0], weight), _to(sums[1], bias), dpointwise, *(None,) * 5
+            found = _gradients(ctx.needs_input_grad, dz, tensors, affine, *words)
+        return *found, *(None,) * 5
 
 
-def _hidden_gradients(ctx, d, x, depthwise):
+#: Parts that the sums of dpointwise are cut into: pixels of one at least, and how many parts are worth their memory.
+_PART_PIXELS, _LEAST_PARTS, _MOST_PARTS = 64, 4, 16
+
+
+def _parts(need, dz, tensors, impl):
+    """How many parts bwd_product is given; 0 where torch's products serve better: few pixels beside the weights, or gradients
+    that aren't wanted."""
+    x, *_, pointwise = tensors
+    if impl != "cpu" or not need[4] or not any(need[:4]) or not direct(dz, x, pointwise):
+        return 0
+    (J, C), pixels = pointwise.shape, dz.shape[0] * dz.shape[2] * dz.shape[3]
+    parts = min(pixels // _PART_PIXELS, pixels * (J + C) // (4 * J * C), _MOST_PARTS)
+    return parts if parts >= _LEAST_PARTS else 0
+
+
+def _fused_gradients(need, parts, dy, last, g, tensors, affine, numbers, f, impl):
+    """Of x, depthwise, weight, bias and pointwise; last: z, its scale and shift, and the sums of its norm, None without one."""
+    x, depthwise, weight, bias, pointwise = tensors
+    (J, C), size, x = pointwise.shape, dy.shape[2:], channels_last(x)
+    scale, shift, moments = affine
+    d, sums, dpointwise = _new(x, (x.shape[0], C, *size)), _floats(x, 4, C), _floats(x, J, C)
+    partials = _floats(x, x.shape[0] * size[0], 3, C), _floats(x, parts, J, -(-C // 32) * 32)
+    given = (x, wide(depthwise), wide(scale), wide(shift), moments, wide(pointwise.detach()))
+    kernel(OP, "bwd_product", impl)(channels_last(dy), *last, *given, *geometry(numbers), f, g, d, sums, dpointwise, *partials)
+    if moments is not None:
+        _back(d, x, depthwise, scale, shift, moments, numbers, 0, impl, d, sums)
+    dx, ddepthwise = _hidden_gradients(need, d, x, depthwise, numbers, impl)
+    return dx, ddepthwise, _to(sums[0], weight), _to(sums[1], bias), dpointwise.to(pointwise.dtype)
+
+
+def _gradients(need, dz, tensors, affine, numbers, f, impl):
+    """The same by torch's products and passes over all of a and da."""
+    x, depthwise, weight, bias, pointwise = tensors
+    scale, shift, moments = affine
+    plain = direct(dz, x, pointwise)
+    same = depthwise is None and scale is None and shift is None and f == 0  # then a is x
+    J, C = pointwise.shape
+    dz_pixels = channels_last(dz).permute(0, 2, 3, 1).reshape(-1, J)
+    dpointwise = a = None
+    if need[4]:
+        run = _run_hidden if plain else _hidden
+        a = channels_last(x) if same else run(x, depthwise, scale, shift, None, numbers, f, impl)
+        dpointwise = (dz_pixels.t() @ a.permute(0, 2, 3, 1).reshape(-1, C)).to(pointwise.dtype)
+    if not any(need[:4]):
+        return *(None,) * 4, dpointwise
+    if plain and a is not None and not same:  # a is of no more use: its memory, which is there already, takes its gradient
+        da = a
+        torch.mm(dz_pixels, pointwise.to(dz.dtype), out=da.permute(0, 2, 3, 1).view(-1, C))
+    else:
+        da = (dz_pixels @ pointwise.to(dz.dtype)).view(dz.shape[0], *dz.shape[2:], C).permute(0, 3, 1, 2)
+    if same:
+        return da, None, None, None, dpointwise
+    args = (da, x, depthwise, scale, shift, moments, numbers, f, impl)
+    d, sums = _back(da, channels_last(x), *args[2:], da) if plain else _bwd(*args)
+    dx, ddepthwise = _hidden_gradients(need, d, x, depthwise, numbers, impl)
+    return dx, ddepthwise, _to(sums[0], weight), _to(sums[1], bias), dpointwise
+
+
+def _hidden_gradients(need, d, x, depthwise, numbers, impl):
     """Of x and the depthwise weights from d, the gradient of h."""
-    need_x, need_weight = ctx.needs_input_grad[:2]
+    need_x, need_weight = need[:2]
     if depthwise is None:
         return d if need_x else None, None
-    numbers = (list(ctx.numbers[:2]), list(ctx.numbers[2:4]))
-    stride, dilation = ([1, *n] for n in numbers)
-    args = (d, x, wide(depthwise).unsqueeze(1), stride, dilation, [0, 0, *ctx.numbers[4:]], need_x, need_weight, ctx.impl)
+    stride, dilation = ([1, *n] for n in (numbers[:2], numbers[2:4]))
+    args = (d, x, wide(depthwise).unsqueeze(1), stride, dilation, [0, 0, *numbers[4:]], need_x, need_weight, impl)
     dx, dweight, _ = torch.ops.mlcore.depthwise_conv_bwd(*args)
     return dx if need_x else None, dweight.squeeze(1).to(depthwise.dtype) if need_weight else None
 
@@ -251,6 +299,45 @@ class NormActivation(torch.autograd.Function):
         return dx if ctx.needs_input_grad[0] else None, dweight, dbias, dresidual, None, None, None
 
 
+class SeparableBlock(torch.autograd.Function):
+    """SeparableConv with NormActivation behind it, where nothing watches the call: the gradient of z is made while backward
+    multiplies it. used: from z's moments the ones that its norm uses.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x, depthwise, weight, bias, pointwise, last_weight, last_bias, residual, moments, numbers, f, g, used, impl
+    ):
+        scale, shift = _affine(weight, bias, moments)
+        args = (None, None, pointwise.shape[0], numbers, f, 0, True, impl)
+        z, taken = _run_fwd(x, depthwise, scale, shift, _weights(pointwise, impl), *args)
+        last_moments = used(taken)
+        last_scale, last_shift = _affine(last_weight, last_bias, last_moments)
+        ctx.words, ctx.g = (numbers, f, impl), g
+        tensors = (x, depthwise, weight, bias, pointwise, last_weight, last_bias, residual)
+        ctx.save_for_backward(*tensors, scale, shift, moments, z, last_scale, last_shift, last_moments)
+        return _run_hidden(z, None, last_scale, last_shift, residual, PLAIN, g, impl)
+
+    @staticmethod
+    def backward(ctx, dy):
+        need, (numbers, f, impl), saved = ctx.needs_input_grad, ctx.words, ctx.saved_tensors
+        if create_graph():
+            return *_block_graph(ctx, dy), *(None,) * 6
+        tensors, (last_weight, last_bias), affine = saved[:5], saved[5:7], saved[8:11]
+        z, scale, shift, moments = saved[11:]
+        parts = _parts(need, dy, tensors, impl)
+        args = (z, None, scale, shift, moments, PLAIN, ctx.g, impl)
+        if parts:
+            dy = channels_last(dy)
+            sums = _back(dy, *args, None)[1]
+            found = _fused_gradients(need, parts, dy, (z, scale, shift, sums), ctx.g, tensors, affine, numbers, f, impl)
+        else:
+            dz, sums = (_run_bwd if direct(dy, z) else _bwd)(dy, *args)
+            found = _gradients(need, dz, tensors, affine, numbers, f, impl)
+        last = _to(sums[0], last_weight), _to(sums[1], last_bias)
+        return *found, *last, dy if need[7] else None, *(None,) * 6
+
+
 def reference(x, depthwise, weight, bias, pointwise, moments, numbers, f):
     """z as SeparableConv has it, in plain torch, a itself where pointwise is None; moments, if there are any, are taken again
     with their graph.
@@ -270,6 +357,15 @@ def _conv_graph(ctx, dz):
     with torch.enable_grad():
         z = reference(*tensors, ctx.saved_tensors[7], ctx.numbers, ctx.f)
         return graph_gradients(ctx.needs_input_grad, tensors, (z,), (dz,))
+
+
+def _block_graph(ctx, dy):
+    saved, (numbers, f, _) = ctx.saved_tensors, ctx.words
+    with torch.enable_grad():
+        z = reference(*saved[:5], saved[10], numbers, f)
+        y = reference(z, None, *saved[5:7], None, saved[14], PLAIN, ctx.g)
+        y = y if saved[7] is None else y + saved[7]
+        return graph_gradients(ctx.needs_input_grad, saved[:8], (y,), (dy,))
 
 
 def _norm_graph(ctx, dy):

@@ -4,13 +4,14 @@ kernels/separable_conv/separable_conv.h, what torch is told of them in _separabl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from .._backend import choose
-from .._registry import autocast, kernel, needs_grad, reference_if_transformed
+from .._registry import autocast, direct, kernel, needs_grad, reference_if_transformed
 from ..kernels.separable_conv import separable_conv_ref as ref
 from . import _separable as op
 from ._geometry import geometry
@@ -227,6 +228,14 @@ def separable_conv2d(
     if last is not None and not last_training:
         factor, pointwise_bias = _fold(last, pointwise_bias)
         matrix = (matrix * factor[:, None]).to(matrix.dtype)
+    tensors = (x, depthwise, scale, shift, matrix)
+    if last_training and backend == "cpu" and direct(*tensors, last.weight, last.bias, residual):
+
+        def used(taken):
+            return _used(name, last, taken, x.shape[0] * math.prod(op.hidden_size(x, depthwise, numbers)), pointwise_bias)
+
+        tensors += (last.weight, last.bias, residual, moments)
+        return op.SeparableBlock.apply(*tensors, numbers, f, g, used, backend)
     if backend == "reference":
         z, taken = op.reference(x, depthwise, scale, shift, matrix, moments, numbers, f), None
     elif last_training or needs_grad(x, depthwise, scale, shift, matrix):
