@@ -108,8 +108,7 @@ int64_t aligned(int64_t floats) { return ceil_div(floats, 16) * 16; }
 // Integer codes that lie ready in the L2: a thread packs a strip of x and multiplies it by all of W, without waiting for
 // others.
 bool takes_strips(const QuantLinear& p) {
-  const bool ready = p.int8 && p.w.bits == 8 && !p.w.codebook8 && p.w.panels * p.w.panel_bytes <= kStripWeights;
-  return ready && p.M >= 2 * p.tile * num_threads();
+  return p.int8 && p.w.ready() && p.w.panels * p.w.panel_bytes <= kStripWeights && p.M >= 2 * p.tile * num_threads();
 }
 
 void by_strips(const QuantLinear& p, const QuantLinearKernels& kernels, int64_t row_floats) {
@@ -153,12 +152,13 @@ void fwd(const DLTensor* x_, const DLTensor* codes, const DLTensor* scales, cons
   if (p.int8) packed.round_codebook();
   p.w = packed.w;
   if (p.w.codebook8) p.table_scale = packed.table_scale.data();
-  const std::vector<QuantSegment> segments = segments_of(p.w, p.int8 ? kIntChunk : kFloatChunk, p.int8, &p.runs);
+  p.chunk = !p.int8 ? kFloatChunk : p.w.ready() ? kReadyChunk : kIntChunk;
+  const std::vector<QuantSegment> segments = segments_of(p.w, p.chunk, p.int8, &p.runs);
   p.segments = segments.data(), p.segment_count = static_cast<int64_t>(segments.size());
 
   const QuantLinearKernels& kernels = quant_linear_kernels_now();
   p.tile = kernels.tile_rows(p);
-  const int64_t row_floats = std::max<int64_t>(p.int8 ? p.w.K_padded / 4 : p.w.K_padded, 1);
+  const int64_t row_floats = std::max<int64_t>(row_bytes(p) / 4, 1);
   if (takes_strips(p)) {
     if (p.y.stride == N) prefer_huge_pages(y.raw(), static_cast<size_t>(M * N) * (p.dtype == Dtype::f32 ? 4 : 2));
     by_strips(p, kernels, row_floats);
@@ -204,7 +204,8 @@ void dequantize(const DLTensor* codes, const DLTensor* scales, const DLTensor* z
   if (w.numel() == 0) return;
   QuantLinear p{};
   p.w = packed.w, p.dtype = w.dtype(), p.y = {w.raw(), w.stride(0)};
-  const std::vector<QuantSegment> segments = segments_of(p.w, kFloatChunk, false, &p.runs);
+  p.chunk = kFloatChunk;
+  const std::vector<QuantSegment> segments = segments_of(p.w, p.chunk, false, &p.runs);
   p.segments = segments.data(), p.segment_count = static_cast<int64_t>(segments.size());
   const QuantLinearKernels& kernels = quant_linear_kernels_now();
   const int64_t private_floats = aligned(kernels.run_scratch(p, 1));

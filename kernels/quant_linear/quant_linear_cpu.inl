@@ -50,14 +50,16 @@ int tile_rows(const QuantLinear& p) {
 }
 int panels(const QuantLinear& p) { return p.M == 1 ? kPanelsOfOne : kPanels; }
 
-int64_t pack_scratch(const QuantLinear& p) { return p.w.K + p.w.K_padded / 4 + 64; }
+int64_t pack_scratch(const QuantLinear& p) { return p.w.K; }
 
-int64_t chunk_of(const QuantLinear& p) { return p.int8 ? kIntChunk : kFloatChunk; }
+// All of K is one pass over the rows, so that a tile's sums are its own.
+bool one_pass(const QuantLinear& p) { return p.w.K_padded <= p.chunk; }
 
 // Decoded weights, bytes of one panel, sums of a run, sums over groups, factors of columns.
 int64_t run_scratch(const QuantLinear& p, int64_t rows) {
-  const int64_t columns = panels(p) * kPanelRows, chunk = chunk_of(p);
-  return columns * chunk / (p.int8 ? 4 : 1) + chunk * 4 + columns * (2 * rows + 1);
+  const int64_t columns = panels(p) * kPanelRows, decoded = p.int8 && p.w.ready() ? 0 : p.chunk;
+  if (one_pass(p)) rows = min(rows, p.tile);
+  return decoded * (p.int8 ? columns / 4 : columns + 4) + columns * (2 * rows + 1);
 }
 
 // to[g * group_padded + i] = from(g * group_size + i), zeros between: copy(to, k, n) copies n elements from k on.
@@ -72,17 +74,22 @@ inline void spread_groups(const QuantWeight& w, T* to, F&& copy) {
   }
 }
 
+// The largest magnitude of a row, and 0, or NaN where an element is infinite or NaN.
+struct PeakPair {
+  Vec a, b;
+  static PeakPair zero() { return {Vec::zero(), Vec::zero()}; }
+};
+inline PeakPair operator+(PeakPair x, PeakPair y) { return {max(x.a, y.a), x.b + y.b}; }
+inline FloatPair sum(PeakPair v) { return {hmax(v.a), sum(v.b)}; }
+
 // A row in 127ths of its largest element. Infinite and NaN rows get a NaN scale and so a NaN result, like no other row.
 void quantize_row(const QuantLinear& p, const float* x, int64_t r, int8_t* q) {
-  const int64_t K = p.w.K;
-  Vec peak = Vec::zero(), suspect = Vec::zero();
-  for_row(K, [&](int64_t k, int n) {
+  const FloatPair peak = sum_row(p.w.K, [&](int64_t k, int n) {
     const Vec v = load_some(x + k, n);
-    peak = max(peak, magnitude(v));
-    suspect = fma(v, Vec::zero(), suspect);
+    return PeakPair{magnitude(v), v * Vec::zero()};
   });
-  const float amax = hmax(peak);
-  const bool finite = sum(suspect) == 0.0f, usable = finite && amax > 1e-35f;  // below, 127 / amax overflows: a row of zeros
+  const float amax = peak.a;
+  const bool finite = peak.b == 0.0f, usable = finite && amax > 1e-35f;  // below, 127 / amax overflows: a row of zeros
   const float inverse = usable ? 127.0f / amax : 0.0f;
   p.row_scale[r] = finite ? (usable ? amax / 127.0f : 0.0f) : NAN;
   spread_groups(p.w, q, [&](int8_t* to, int64_t k, int64_t n) {
@@ -129,21 +136,21 @@ const float* as_floats(const T* x, int64_t n, float* scratch) {
 template <class T>
 void pack_tile(const QuantLinear& p, int64_t t, float* scratch) {
   const QuantWeight& w = p.w;
-  const int64_t first = t * p.tile, rows = min(p.tile, p.rows - first);
-  int8_t* q = reinterpret_cast<int8_t*>(scratch + w.K);
-  uint32_t* a = reinterpret_cast<uint32_t*>(p.a) + first * (p.int8 ? w.K_padded / 4 : w.K_padded);
+  const int64_t first = t * p.tile, rows = min(p.tile, p.rows - first), stride = row_bytes(p);
   for (int64_t i = 0; i < rows; ++i) {
     const float* x = as_floats(row<T>(p.x, p.row0 + first + i), w.K, scratch);
     if (!p.int8) {
+      float* a = reinterpret_cast<float*>(p.a + first * stride) + i;
       for (int64_t g = 0, at = 0; at < w.K_padded; ++g, at += w.group_padded) {
         const int64_t k0 = g * w.group_size, n = min(w.group_size, w.K - k0), end = min(w.group_padded, w.K_padded - at);
-        for (int64_t k = 0; k < n; ++k) a[(at + k) * rows + i] = bits_of(x[k0 + k]);
-        for (int64_t k = n; k < end; ++k) a[(at + k) * rows + i] = 0;
+        for (int64_t k = 0; k < n; ++k) a[(at + k) * rows] = x[k0 + k];
+        for (int64_t k = n; k < end; ++k) a[(at + k) * rows] = 0;
       }
       continue;
     }
+    int8_t* q = reinterpret_cast<int8_t*>(p.a + (first + i) * stride);
     quantize_row(p, x, first + i, q);
-    memset(q + w.K_padded, 0, 64);
+    memset(q + w.K_padded, 0, static_cast<size_t>(stride - w.K_padded));
     int32_t* sums = p.sums + first * p.runs + i;
     for (int64_t s = 0; s < p.segment_count; ++s) {
       const QuantSegment& part = p.segments[s];
@@ -151,7 +158,6 @@ void pack_tile(const QuantLinear& p, int64_t t, float* scratch) {
       int32_t& out = sums[part.run * rows];
       out = part.first ? total : out + total;
     }
-    for (int64_t u = 0; u < w.K_padded / 4; ++u) memcpy(a + u * rows + i, q + 4 * u, 4);
   }
 }
 
@@ -198,28 +204,43 @@ void multiply(int rows, int64_t panels, const Tile& t) {
 
 // What an item works with: its rows and panels, and memory of its thread.
 struct Item {
-  int64_t panel_begin, panel_end, tile_begin, tile_end, row_begin, columns;
+  int64_t panel_begin, panel_end, tile_begin, tile_end, columns;
+  int64_t c_step;  // from a tile's sums to the next one's: 0 where one pass finishes them
   char* units = nullptr;
   uint8_t* bytes = nullptr;
   float* c = nullptr;          // (rows, columns)
   int32_t* partial = nullptr;  // (rows, columns)
+  float* factor = nullptr;     // (columns), or null
+
+  int64_t sums_of(int64_t tile) const { return (tile - tile_begin) * c_step; }
 };
 
 // Where the segments' weights stand for the rows of tile t, but for b.
 template <class Dot>
 Tile tile_of(const QuantLinear& p, const Item& item, const QuantSegment& part, int64_t t) {
   const QuantWeight& w = p.w;
-  const int64_t first = t * p.tile, rows = min(p.tile, p.rows - first), units = w.K_padded / (Dot::kInteger ? 4 : 1);
-  const int64_t at = (item.panel_begin * w.groups + part.group) * kPanelRows, c = (first - item.row_begin) * item.columns;
+  const int64_t first = t * p.tile, rows = min(p.tile, p.rows - first), stride = row_bytes(p);
+  const int64_t at = (item.panel_begin * w.groups + part.group) * kPanelRows, c = item.sums_of(t);
   constexpr int64_t kPer = Dot::kInteger ? 4 : 1;  // codes a unit has
   const bool fresh = Dot::kInteger ? part.run == 0 : part.k == 0;
   Tile tile{};
-  tile.a = p.a + 4 * (first * units + part.k / kPer * rows), tile.units = part.length / kPer;
+  tile.a = p.a + first * stride + part.k * (Dot::kInteger ? 1 : 4 * rows), tile.a_stride = stride;
+  tile.units = part.length / kPer;
   tile.c = item.c + c, tile.partial = item.partial + c, tile.ldc = item.columns;
   tile.scales = w.scales + at, tile.zeros = w.zeros ? w.zeros + at : nullptr, tile.scale_stride = w.groups * kPanelRows;
   tile.offset = w.offset, tile.sums = p.sums + first * p.runs + part.run * rows;
   tile.first = part.first, tile.last = part.last, tile.fresh = fresh;
   return tile;
+}
+
+// y of tile t's rows.
+void finish_tile(const QuantLinear& p, const Item& item, int64_t t) {
+  const int64_t n0 = item.panel_begin * kPanelRows, width = min(item.columns, p.w.N - n0), end = min((t + 1) * p.tile, p.rows);
+  const float* c = item.c + item.sums_of(t);
+  with_type(p.dtype, [&](auto type) {
+    for (int64_t r = t * p.tile; r < end; ++r, c += item.columns)
+      finish_row<decltype(type)>(p, p.row0 + r, n0, width, c, item.factor);
+  });
 }
 
 #if MLC_IN_REGISTERS
@@ -228,7 +249,7 @@ void run_few(const QuantLinear& p, const Item& item) {
   const QuantWeight& w = p.w;
   const __m512 table = value_table(w, 0);
   const int64_t panels = item.panel_end - item.panel_begin;
-  for (int64_t i = item.tile_begin; i < item.tile_end; ++i)
+  for (int64_t i = item.tile_begin; i < item.tile_end; ++i) {
     for (int64_t s = 0; s < p.segment_count; ++s) {
       const QuantSegment& part = p.segments[s];
       const int rows = static_cast<int>(min(p.tile, p.rows - i * p.tile));
@@ -237,6 +258,8 @@ void run_few(const QuantLinear& p, const Item& item) {
       t.units = part.length / 4;
       w.bits == 4 ? any_few_tile<Dot, 2>(rows, panels, t, table) : any_few_tile<Dot, 4>(rows, panels, t, table);
     }
+    finish_tile(p, item, i);
+  }
 }
 #endif
 
@@ -261,7 +284,7 @@ struct Ahead {
 
 template <class Dot>
 void run_many(const QuantLinear& p, const Item& item) {
-  const int64_t count = item.panel_end - item.panel_begin, chunk = chunk_of(p);
+  const int64_t count = item.panel_end - item.panel_begin, chunk = p.chunk;
   for (int64_t s = 0, e; s < p.segment_count; s = e) {
     const int64_t k = p.segments[s].k;
     for (e = s + 1; e < p.segment_count && p.segments[e].k + p.segments[e].length - k <= chunk;) ++e;
@@ -281,6 +304,7 @@ void run_many(const QuantLinear& p, const Item& item) {
         part.b = b + (p.segments[i].k - k) / (Dot::kInteger ? 4 : 1) * kUnit, part.b_stride = stride;
         multiply<Dot>(static_cast<int>(min(p.tile, p.rows - t * p.tile)), count, part);
       }
+      if (e == p.segment_count) finish_tile(p, item, t);
     }
   }
 }
@@ -298,24 +322,20 @@ template <class Dot>
 void run_item(const QuantLinear& p, int64_t panel_begin, int64_t panel_end, int64_t tile_begin, int64_t tile_end,
               float* scratch) {
   const QuantWeight& w = p.w;
-  const int64_t chunk = chunk_of(p), row_begin = tile_begin * p.tile, rows = min(tile_end * p.tile, p.rows) - row_begin;
-  Item item{panel_begin, panel_end, tile_begin, tile_end, row_begin, (panel_end - panel_begin) * kPanelRows};
-  item.units = reinterpret_cast<char*>(scratch);
-  scratch += panels(p) * kPanelRows * chunk / (p.int8 ? 4 : 1);
+  const int64_t rows = one_pass(p) ? p.tile : min(tile_end * p.tile, p.rows) - tile_begin * p.tile;
+  Item item{panel_begin, panel_end, tile_begin, tile_end, (panel_end - panel_begin) * kPanelRows, 0};
+  if (!one_pass(p)) item.c_step = p.tile * item.columns;
+  item.c = scratch, item.partial = reinterpret_cast<int32_t*>(item.c + rows * item.columns);
+  scratch = item.c + 2 * rows * item.columns;
+  if (p.table_scale) {
+    item.factor = scratch, scratch += item.columns;
+    for (int64_t i = 0; i < item.columns; ++i) item.factor[i] = p.table_scale[w.table(panel_begin * kPanelRows + i) >> w.bits];
+  }
   item.bytes = reinterpret_cast<uint8_t*>(scratch);
-  item.c = scratch + chunk * 4;
-  item.partial = reinterpret_cast<int32_t*>(item.c + rows * item.columns);
-  float* factor = item.c + 2 * rows * item.columns;  // (columns)
-  if (p.segment_count == 0) memset(item.c, 0, sizeof(float) * static_cast<size_t>(rows * item.columns));
-  run_panels<Dot>(p, item);
-  if (!p.table_scale) factor = nullptr;
-  for (int64_t i = 0; factor && i < item.columns; ++i)
-    factor[i] = p.table_scale[w.table(panel_begin * kPanelRows + i) >> w.bits];
-  const int64_t n0 = panel_begin * kPanelRows, width = min(item.columns, w.N - n0);
-  with_type(p.dtype, [&](auto type) {
-    for (int64_t r = 0; r < rows; ++r)
-      finish_row<decltype(type)>(p, p.row0 + row_begin + r, n0, width, item.c + r * item.columns, factor);
-  });
+  item.units = reinterpret_cast<char*>(scratch + (p.int8 ? 0 : 4 * p.chunk));
+  if (p.segment_count > 0) return run_panels<Dot>(p, item);
+  memset(item.c, 0, sizeof(float) * static_cast<size_t>(rows * item.columns));
+  for (int64_t t = tile_begin; t < tile_end; ++t) finish_tile(p, item, t);
 }
 
 // Panels in turn, `panels(p)` at a time.

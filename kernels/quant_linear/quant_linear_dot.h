@@ -95,6 +95,7 @@ constexpr int kVecs = 16 / Vec::W;  // vectors a panel has in a unit
 // One segment of a tile of rows. Bytes: a and b stand at the segment's first unit.
 struct Tile {
   const char *a, *b;
+  int64_t a_stride;  // from row to row, integers only
   int64_t b_stride;  // from panel to panel
   int64_t units;
   float* c;          // sums over groups
@@ -153,7 +154,7 @@ __attribute__((noinline)) void tile(const Tile& from) {
 #pragma GCC unroll 16
     for (int n = 0; n < NV; ++n) acc[i][n] = begin_sum<Dot>(t, i, n);
   const char *a = t.a, *b = t.b;
-  const int64_t b_stride = t.b_stride;
+  const int64_t a_stride = Dot::kInteger ? t.a_stride : 4, b_stride = t.b_stride;
 #pragma GCC unroll 1
   for (int64_t u = 0; u < t.units; ++u) {
     typename Dot::B w[NV];
@@ -161,11 +162,11 @@ __attribute__((noinline)) void tile(const Tile& from) {
     for (int n = 0; n < NV; ++n) w[n] = Dot::load(b + n / kVecs * b_stride + n % kVecs * 4 * Vec::W);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      const typename Dot::A x = Dot::broadcast(a + 4 * i);
+      const typename Dot::A x = Dot::broadcast(a + i * a_stride);
 #pragma GCC unroll 16
       for (int n = 0; n < NV; ++n) acc[i][n] = Dot::step(acc[i][n], x, w[n]);
     }
-    a += 4 * M;
+    a += Dot::kInteger ? 4 : 4 * M;
     b += 64;
   }
   end_sums<Dot>(t, acc);

@@ -30,7 +30,7 @@ __attribute__((noinline)) void few_tile(const Tile& from, __m512 table) {
 #pragma GCC unroll 8
     for (int n = 0; n < NP; ++n) acc[i][n] = begin_sum<Dot>(t, i, n);
   const char *a = t.a, *b = t.b;
-  const int64_t b_stride = t.b_stride;
+  const int64_t a_stride = Dot::kInteger ? t.a_stride : 4, b_stride = t.b_stride;
 #pragma GCC unroll 1
   for (int64_t u = 0; u < t.units; u += kPer) {
 #pragma GCC unroll 8
@@ -44,15 +44,15 @@ __attribute__((noinline)) void few_tile(const Tile& from, __m512 table) {
           if constexpr (Dot::kInteger) {
             const __m512i q = _mm512_and_si512(shifted, _mm512_set1_epi8((1 << (8 / kPer)) - 1));
 #pragma GCC unroll 4
-            for (int i = 0; i < M; ++i) acc[i][n] = Dot::step(acc[i][n], Dot::broadcast(a + 4 * i), {q});
+            for (int i = 0; i < M; ++i) acc[i][n] = Dot::step(acc[i][n], Dot::broadcast(a + i * a_stride), {q});
           } else {
             Vec w{_mm512_permutexvar_ps(shifted, table)};
             if constexpr (kZeros) w = w - IVec::widen(t.zeros + n * t.scale_stride).to_float();
 #pragma GCC unroll 4
-            for (int i = 0; i < M; ++i) acc[i][n] = Dot::step(acc[i][n], Dot::broadcast(a + 4 * i), w);
+            for (int i = 0; i < M; ++i) acc[i][n] = Dot::step(acc[i][n], Dot::broadcast(a + i * a_stride), w);
           }
         }
-        a += 4 * M;
+        a += Dot::kInteger ? 4 : 4 * M;
       }
 #pragma GCC unroll 8
     for (int n = 0; n < NP; ++n) __builtin_prefetch(b + n * b_stride + kAhead, 0, 3);

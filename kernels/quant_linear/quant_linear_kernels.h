@@ -9,7 +9,8 @@ constexpr int kPanelRows = 16;  // rows of W (columns of y) that share a 64-byte
 // Codes along K that a pass over the rows of x takes: 64 rows of W decoded to this many fill two thirds of a 48 KiB L1 (32
 // KiB). The exact mode's chain of fused multiply-adds has at most this length, the integer mode's chunks don't show in the
 // result.
-constexpr int64_t kFloatChunk = 128, kIntChunk = 512;
+// Codes that are used where they lie come from the L2 at the rate of the product: their chunk is kReadyChunk.
+constexpr int64_t kFloatChunk = 128, kIntChunk = 512, kReadyChunk = 4096;
 // An int32 sum of |a| <= 127 times |q - z| <= 255 is exact up to 66 000 terms: longer groups become several runs.
 constexpr int64_t kRun = 1 << 16;
 
@@ -26,6 +27,7 @@ struct QuantWeight {
   int64_t N, K, group_size, groups, group_padded, K_padded, panels, panel_bytes, table_rows;
   int bits, offset, block;  // block: KB
 
+  bool ready() const { return bits == 8 && !codebook8; }  // as integers: used where they lie
   const uint8_t* panel(int64_t p) const { return codes + p * panel_bytes; }
   int64_t table(int64_t n) const {
     return (n < N ? n : N - 1) / table_rows * (int64_t{1} << bits);
@@ -41,13 +43,17 @@ struct QuantLinear {
   int64_t M, activation, row0, rows;  // rows of x that a holds: [row0, row0 + rows)
   bool int8, vnni;
   const QuantSegment* segments;
-  int64_t segment_count, runs;
-  // Row tiles of `tile` rows (the last one of fewer), each (K, rows) float32, or (K / 4, rows, 4) int8 with sums (runs, rows).
+  int64_t segment_count, runs, chunk;
+  // Row tiles of `tile` rows (the last one of fewer), each (K, rows) float32; or rows of int8, row_bytes apart, at least 64
+  // zeros behind each, with sums (runs, rows) a tile.
   char* a;
   float* row_scale;  // (rows)
   int32_t* sums;
   int64_t tile;
 };
+
+// Bytes that a packed row of x takes.
+inline int64_t row_bytes(const QuantLinear& p) { return p.int8 ? (p.w.K_padded + 127) / 64 * 64 : 4 * p.w.K_padded; }
 
 struct QuantLinearKernels {
   int (*tile_rows)(const QuantLinear&);
