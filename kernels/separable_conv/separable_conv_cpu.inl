@@ -4,6 +4,7 @@
 
 #include "core/simd/gemm.h"
 #include "core/simd/pixel_taps.h"
+#include "separable_conv/separable_chain.h"
 #include "separable_conv/separable_conv_kernels.h"
 
 namespace mlcore::MLC_ISA {
@@ -366,8 +367,11 @@ void hidden(const SeparableConv& p, int64_t block, int64_t begin, int64_t end, c
   with_type(p.dtype, [&](auto t) { hidden_of<decltype(t)>(p, block, begin, end, shared, scratch); });
 }
 
+#include "separable_conv/separable_chain.inl"
+
 }  // namespace
 
 extern const SeparableConvKernels separable_conv_kernels = {shared_floats, prepare, scratch_floats, fwd, hidden};
+extern const SeparableChainKernels separable_chain_kernels = {chain_scratch, chain_run};
 
 }  // namespace mlcore::MLC_ISA
