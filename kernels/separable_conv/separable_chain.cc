@@ -92,7 +92,7 @@ struct Chain {
       require(p.J == C, kOp, ": layer ", i, ": a mean keeps its channels; got ", p.J);
       p.Ho = p.Wo = 1;
     } else {
-      s.weights = part(i, "pointwise", row[18], p.C * ((p.J + 15) / 16 * 16)), s.bias = part(i, "bias", row[19], p.J);
+      s.weights = part(i, "pointwise", row[18], p.C * rounded(p.J)), s.bias = part(i, "bias", row[19], rounded(p.J));
     }
     if (s.kind == ChainKind::separable) {
       s.depthwise = part(i, "depthwise", row[16], p.K[0] * p.K[1] * C), s.shift = part(i, "shift", row[17], C);
@@ -117,7 +117,7 @@ struct Chain {
     for (int64_t i = 0; i + 1 < size(); ++i) {
       Layer &layer = at(i), &next = at(i + 1);
       if (layer.step.kind != ChainKind::pointwise || next.step.kind != ChainKind::separable || layer.residual >= 0) continue;
-      if (layer.last_use > i + 1 || layer.out < (getenv("MLCF") ? atoi(getenv("MLCF")) : kFusedFloats) * threads) continue;
+      if (layer.last_use > i + 1 || layer.out < kFusedFloats * threads) continue;
       layer.fused = true, layer.out = 0;
       if (i > 0) at(i - 1).last_use = std::max(at(i - 1).last_use, i + 1);
     }
@@ -200,8 +200,7 @@ class Run {
     chain.fuse(threads_), cut_ = chain.cut();
     x_ = {x.raw(), x.stride(0), x.stride(2), x.stride(3), x.stride(1)}, y_ = y.data<float>();
     chunk_ = std::min(N_, std::max<int64_t>(kChunk, threads_));
-    group_ = std::min<int64_t>(chunk_, getenv("MLCG") ? atoi(getenv("MLCG")) : threads_);
-    if (getenv("MLCC")) cut_ = std::min<int64_t>(atoi(getenv("MLCC")), last_ + 1);
+    group_ = std::min<int64_t>(chunk_, threads_);
     const int64_t early = chain.place(0, std::min(cut_ - 1, last_), group_, places_);
     const int64_t late = chain.place(std::max<int64_t>(cut_ - 1, 0), last_, chunk_, places_);
     const SeparableChainKernels& kernels = separable_chain_kernels_now();

@@ -9,8 +9,6 @@ namespace mlcore {
 // the L1 cache that the window of a filter doesn't fit in.
 inline int64_t chain_ld(int64_t channels) { return channels % 256 == 0 ? channels + 16 : channels; }
 
-constexpr int64_t kExpandedPixels = 112;
-
 enum class ChainKind : int64_t { patches, pointwise, separable, mean };
 
 // A step of the chain over some images. A part of it is a run of rows of y: within one image, or whole images. Pointwise
@@ -29,12 +27,6 @@ struct ChainStep {
   int64_t row_parts, column_parts;
 
   int64_t parts() const { return (conv.N + images - 1) / images * row_parts * column_parts; }
-  int64_t pixels() const { return images * rows * conv.Wo; }
-  int64_t lines() const { return (rows - 1) * conv.stride[0] + (conv.K[0] - 1) * conv.dilation[0] + 1; }  // of x, for a part
-  int64_t strip() const {  // rows that are filtered and multiplied together
-    const int64_t few = conv.Wo < kExpandedPixels ? kExpandedPixels / conv.Wo : 1;
-    return expand && few < rows ? few : rows;
-  }
 };
 
 struct SeparableChainKernels {

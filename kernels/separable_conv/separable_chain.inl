@@ -210,11 +210,15 @@ void chain_mean(const ChainStep& s, int64_t n, int64_t count) {
     });
 }
 
+// Rows that are filtered and multiplied together.
+int64_t chain_strip(const ChainStep& s) { return s.expand ? min(s.rows, max<int64_t>(112 / s.conv.Wo, 1)) : s.rows; }
+
 int64_t chain_scratch(const ChainStep& s) {
   if (s.kind == ChainKind::pointwise || s.kind == ChainKind::mean) return 0;
-  const int64_t ld = chain_ld(s.conv.C), pixels = round_up<int64_t>(s.images * s.strip() * s.conv.Wo, 16);
+  const int64_t ld = chain_ld(s.conv.C), pixels = round_up<int64_t>(s.images * chain_strip(s) * s.conv.Wo, 16);
   if (s.kind == ChainKind::patches) return pixels * ld;
-  return ChainTable(s.conv, s.strip()).floats() + pixels * ld + (s.expand ? s.lines() * s.conv.W * ld : 0);
+  const int64_t lines = (s.rows - 1) * s.conv.stride[0] + (s.conv.K[0] - 1) * s.conv.dilation[0] + 1;  // of x, for a part
+  return ChainTable(s.conv, chain_strip(s)).floats() + pixels * ld + (s.expand ? lines * s.conv.W * ld : 0);
 }
 
 // Columns [begin, end) of `pixels` pixels of y, which with the residual points to the first one's column 0.
@@ -244,7 +248,7 @@ void chain_run(const ChainStep& s, int64_t part, float* scratch) {
     for (int64_t i = 0; i < images; ++i) chain_patches(s, n + i, oh, rows, line, scratch + i * rows * p.Wo);
     return chain_multiply(s, scratch, 1, line, pixels, begin, end, y, s.out_ld, residual);
   }
-  float* a = scratch + ChainTable(p, s.strip()).floats();
+  float* a = scratch + ChainTable(p, chain_strip(s)).floats();
   if (!s.expand) {
     for (int64_t i = 0; i < images; ++i)
       chain_hidden(s, s.in + (n + i) * p.H * p.W * s.in_ld, s.in_ld, oh, rows, scratch, a + i * rows * p.Wo * ld);
@@ -254,12 +258,12 @@ void chain_run(const ChainStep& s, int64_t part, float* scratch) {
   const ChainStep& e = *s.expand;
   const int64_t above = max<int64_t>(oh * p.stride[0] - p.pad[0], 0);
   const int64_t below = min((oh + rows - 1) * p.stride[0] - p.pad[0] + (p.K[0] - 1) * p.dilation[0] + 1, p.H);
-  float* expanded = a + round_up<int64_t>(s.strip() * p.Wo, 16) * ld;
+  float* expanded = a + round_up<int64_t>(chain_strip(s) * p.Wo, 16) * ld;
   if (above < below)
     chain_multiply(e, e.in + (n * p.H + above) * p.W * e.in_ld, e.in_ld, 1, (below - above) * p.W, 0, p.C, expanded, ld,
                    nullptr);
-  for (int64_t r = 0; r < rows; r += s.strip()) {
-    const int64_t count = min(s.strip(), rows - r);
+  for (int64_t r = 0; r < rows; r += chain_strip(s)) {
+    const int64_t count = min(chain_strip(s), rows - r);
     chain_hidden(s, expanded - above * p.W * ld, ld, oh + r, count, scratch, a);
     chain_multiply(s, a, ld, 1, count * p.Wo, 0, p.J, y + r * p.Wo * s.out_ld, s.out_ld,
                    residual ? residual + r * p.Wo * s.residual_ld : nullptr);

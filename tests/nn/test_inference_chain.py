@@ -29,7 +29,8 @@ def randomised(model):
 def blocks():
     stem = ConvNorm2d(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.SiLU())
     plain = DepthwiseSeparableConv2d(8, 8, norm=None, bias=True, residual=True)
-    return randomised(ChainedBlocks(stem, plain, nn.Sequential(PointwiseConv2d(8, 20)), cnn.InvertedResidual(20, 20, 1, 3)))
+    last = cnn.InvertedResidual(20, 20, 1, 3)
+    return randomised(ChainedBlocks(stem, plain, nn.Sequential(PointwiseConv2d(8, 20)), last, nn.Sequential()))
 
 
 def packed(model):
@@ -92,6 +93,7 @@ def test_changes_are_noticed():
         change(lambda: setattr(model[2][0], "pointwise_activation", nn.Identity()))
         change(lambda: model.load_state_dict(blocks().state_dict()))
         change(lambda: model[2].append(PointwiseConv2d(20, 20).eval()))
+        change(lambda: model[4].append(PointwiseConv2d(20, 20).eval()))
 
 
 def test_what_runs_one_by_one():
