@@ -17,12 +17,10 @@ SMALL = cnn.MobileNetConfig(width=0.35, classes=7)
 
 
 def randomised(model):
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias, std=0.2)
-            m.running_mean.normal_(std=0.2)
-            m.running_var.uniform_(0.5, 1.5)
+    """Norms away from their first values; with means of both signs."""
+    for name, t in model.state_dict().items():
+        if t.is_floating_point() and t.dim() == 1:
+            t.normal_(std=0.2) if name.endswith(("bias", "mean")) else t.uniform_(0.5, 1.5)
     return model.eval()
 
 
