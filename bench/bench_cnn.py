@@ -79,7 +79,12 @@ def inference(kind: str, batch: int, compiled: bool) -> Group:
     model = MODELS[kind]().eval()
     x = torch.randn(batch, 3, 224, 224)
     plain, last = stock(model, torch.contiguous_format), stock(model, torch.channels_last)
-    rows = {"mlcore": lambda: model(x), "torch": lambda: plain(x), "torch (channels_last)": lambda: last(x)}
+
+    def layers():  # a call for each of them, where nn.InferenceChain makes one
+        return model.classifier(model._pooled(x))
+
+    rows = {"mlcore": lambda: model(x), "mlcore, layer by layer": layers}
+    rows |= {"torch": lambda: plain(x), "torch (channels_last)": lambda: last(x)}
     if compiled:
         rows["torch.compile, frozen"] = frozen(stock(model, torch.channels_last), x)
     if all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnx")):
@@ -141,7 +146,10 @@ def training(kind: str) -> Group:
     return Group({name: step(m) for name, m in models.items()}, check, flops=32 * 3 * multiplications(model) * (96 / 224) ** 2)
 
 
-@pytest.mark.parametrize("row", ["mlcore", "torch", "torch (channels_last)", "torch.compile, frozen", "ONNX Runtime"])
+INFERENCE = ["mlcore", "mlcore, layer by layer", "torch", "torch (channels_last)", "torch.compile, frozen", "ONNX Runtime"]
+
+
+@pytest.mark.parametrize("row", INFERENCE)
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("kind", MODELS)
 def test_inference(race, pytestconfig, kind, batch, row):

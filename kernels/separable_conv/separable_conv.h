@@ -24,6 +24,19 @@ MLC_API int mlc_separable_conv_fwd(const DLTensor* x, const DLTensor* depthwise,
                                    int64_t patch_h, int64_t patch_w, int64_t f, int64_t g, DLTensor* y, DLTensor* partial,
                                    DLTensor* moments);
 
+// A chain of layers in one call, for inference: each is one of the above with everything folded, and takes what the one before
+// made. x (N, C, H, W) and y (N, J, Ho, Wo) are float32, dense in channels_last; x has any strides where patches come first.
+// weights : (floats) float32, all layers'        layers : (L, 20) int64, a row a layer:
+//   0 kind: 0 patches (the first layer alone), 1 pointwise, 2 separable, 3 the mean over H and W
+//   1 C, 2 J, 3 KH, 4 KW, 5 stride_h, 6 stride_w, 7 dilation_h, 8 dilation_w, 9 pad_h, 10 pad_w before, 11, 12 behind
+//   13 f, 14 g, 15 the earlier layer whose y is added as the residual, or -1
+//   16 to 19: where in weights, multiples of 16, its parts begin: depthwise by taps (KH * KW, C), shift (C); pointwise, for
+//   every 64 columns of y one after the other (C, the columns, padded to a multiple of 16), C by taps where patches are taken;
+//   bias (J, padded to a multiple of 64)
+MLC_API int mlc_separable_conv_chain(const DLTensor* x, const DLTensor* weights, const DLTensor* layers, DLTensor* y);
+// Asks for huge pages where weights will be packed, before anything is written there.
+MLC_API int mlc_separable_conv_reserve(DLTensor* weights);
+
 // Without the product: a + residual, of x's dtype and (N, C, Ho, Wo); or, where `a` is left out, the moments of h, (2, C)
 // float32, with working memory partial, (ceil(N * Ho / 16), 3, C) float32.
 MLC_API int mlc_separable_conv_hidden(const DLTensor* x, const DLTensor* depthwise, const DLTensor* scale,

@@ -4,6 +4,7 @@
 
 #include "core/simd/gemm.h"
 #include "core/simd/pixel_taps.h"
+#include "separable_conv/separable_chain.h"
 #include "separable_conv/separable_conv_backward.h"
 #include "separable_conv/separable_conv_kernels.h"
 
@@ -368,10 +369,12 @@ void hidden(const SeparableConv& p, int64_t block, int64_t begin, int64_t end, c
 }
 
 #include "separable_conv/separable_conv_backward.inl"
+#include "separable_conv/separable_chain.inl"
 
 }  // namespace
 
 extern const SeparableConvKernels separable_conv_kernels = {shared_floats, prepare, scratch_floats, fwd, hidden};
 extern const SeparableBackwardKernels separable_backward_kernels = {backward_scratch, run_backward, pack_blocks};
+extern const SeparableChainKernels separable_chain_kernels = {chain_scratch, chain_run};
 
 }  // namespace mlcore::MLC_ISA

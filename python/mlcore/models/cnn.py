@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..nn import ConvNorm2d, DepthwiseConv2d, DepthwiseSeparableConv2d, LayerNorm, PointwiseConv2d, pool2d
+from ..nn import (
+    ConvNorm2d,
+    DepthwiseConv2d,
+    DepthwiseSeparableConv2d,
+    InferenceChain,
+    LayerNorm,
+    PointwiseConv2d,
+    pool2d,
+)
 from ._cnn_weights import load_weights, rename_weights
 from ._receptive_field import Field, receptive_field
 
@@ -164,7 +172,9 @@ def _scaled(channels: int, config: MobileNetConfig) -> int:
 
 
 class _MobileNet(_Classifier):
-    """stem, blocks, mean over the image, classifier; in channels_last, where every layer is at its best."""
+    """stem, blocks, mean over the image, classifier; in channels_last, where every layer is at its best. In inference all of it
+    is one op where nn.InferenceChain serves it.
+    """
 
     def __init__(self, config: MobileNetConfig) -> None:
         super().__init__()
@@ -177,6 +187,7 @@ class _MobileNet(_Classifier):
         self.blocks = nn.Sequential(*blocks)
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(last, config.classes)
+        self._chain = InferenceChain()
         for m in self.modules():
             if isinstance(m, nn.Conv2d):  # He et al. 2015; torch's own would make the last layers' outputs vanish
                 nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
@@ -185,6 +196,10 @@ class _MobileNet(_Classifier):
         return self.blocks(self.stem(x)).mean((2, 3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training and self._pooled.__func__ is _MobileNet._pooled:
+            y = self._chain(x, (self.stem, self.blocks, "mean", self.dropout, self.classifier))
+            if y is not None:
+                return y.flatten(1)
         return self.classifier(self.dropout(self._pooled(x)))
 
 
@@ -218,6 +233,12 @@ class InvertedResidual(nn.Module):
             inner, out_channels, stride=stride, activation=nn.ReLU6, pointwise_activation=None
         )
         self.residual = stride == 1 and in_channels == out_channels
+
+    def chain_links(self):
+        """The layers of an nn.InferenceChain."""
+        links = [] if self.expand is None else self.expand.chain_links()
+        (pack, _), *_ = self.separable.chain_links()
+        return [*links, (pack, 1 + len(links) if self.residual else None)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = x if self.expand is None else self.expand(x)

@@ -9,6 +9,7 @@ from .depthwise_conv import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d
 from .fake_quant import FakeQuantEmbedding, FakeQuantLinear
 from .fake_quant_conv2d import FakeQuantConv2d
 from .gathered_attention import ReformerAttention, RoutingAttention, SinkhornAttention
+from .inference_chain import ChainedBlocks, InferenceChain
 from .layer_norm import LayerNorm
 from .linear_attention import DeltaNet, GatedLinearAttention, LinearAttention, RandomFeatures, RetentionLayer
 from .linformer_attention import LinformerAttention
@@ -40,6 +41,7 @@ __all__ = [
     "BinaryConv2d",
     "BinaryLinear",
     "CausalConv1d",
+    "ChainedBlocks",
     "ConvNorm2d",
     "CrossAttention",
     "DeltaNet",
@@ -55,6 +57,7 @@ __all__ = [
     "GatedMLP",
     "GlobalLocalAttention",
     "GraphAttention",
+    "InferenceChain",
     "LayerNorm",
     "LearnedEncoding",
     "LinearAttention",

@@ -29,6 +29,14 @@ def _stock(conv):
     return type(conv) in (nn.Conv2d, DepthwiseConv2d)
 
 
+def _hooked(*modules):
+    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+def _narrow(conv):
+    return _stock(conv) and conv.weight[0].numel() <= _PATCH and conv.groups == 1 and conv.padding_mode == "zeros"
+
+
 def _takes_batch(norm):
     return type(norm) is nn.BatchNorm2d and (norm.training or norm.running_mean is None)
 
@@ -36,7 +44,7 @@ def _takes_batch(norm):
 def _fusable(norm, activation):
     """Whether the op knows both; a cumulative moving average (momentum None) is left to torch."""
     known = type(norm) is nn.Identity or (type(norm) is nn.BatchNorm2d and norm.momentum is not None)
-    return known and type(activation) in _ACTIVATIONS and not norm._forward_hooks and not activation._forward_hooks
+    return known and type(activation) in _ACTIVATIONS and not _hooked(norm, activation)
 
 
 class _Packed:
@@ -72,6 +80,12 @@ def _inference(x):
     )
 
 
+def _chainable(conv, norm, activation):
+    """Whether a convolution and what is behind it fold into packed weights in inference."""
+    known = _stock(conv) and conv.padding_mode == "zeros" and not _takes_batch(norm)
+    return known and _fusable(norm, activation)
+
+
 class ConvNorm2d(nn.Sequential):
     """Sequential(convolution, batch norm, activation) in channels_last. In training norm and activation are one op
     (mlcore.ops.batch_norm2d) behind torch's convolution; in inference everything is (mlcore.ops.PackedConv) where the
@@ -94,15 +108,20 @@ class ConvNorm2d(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         conv, norm, activation = self
-        if type(norm) is not nn.BatchNorm2d or not _fusable(norm, activation) or conv._forward_hooks:
+        if type(norm) is not nn.BatchNorm2d or not _fusable(norm, activation) or _hooked(conv):
             return super().forward(x)
         if _takes_batch(norm):
             x = x.contiguous(memory_format=torch.channels_last)
             return ops.batch_norm2d(conv(x), _batch_norm(norm, True), activation=_ACTIVATIONS[type(activation)])
-        narrow = _stock(conv) and conv.weight[0].numel() <= _PATCH and conv.groups == 1 and conv.padding_mode == "zeros"
-        if not narrow or not _inference(x):
+        if not _narrow(conv) or not _inference(x):
             return super().forward(x)
         return self._packed(self, self._pack)(x)
+
+    def chain_links(self):
+        """The one layer of an InferenceChain."""
+        if not _chainable(*self) or type(self[1]) is not nn.BatchNorm2d or not _narrow(self[0]):
+            raise LookupError(type(self).__name__)
+        return [(self._pack, None)]
 
     def _pack(self):
         conv, norm, activation = self
@@ -122,17 +141,18 @@ class _Block(nn.Module):
 
     def _whole(self, x):
         """True where everything runs as one op with folded weights: inference on the CPU."""
-        known = _stock(self.pointwise) and not _takes_batch(self.pointwise_norm)
+        known = _stock(self.pointwise) and not _hooked(self.pointwise) and not _takes_batch(self.pointwise_norm)
         return known and _inference(x) and _fusable(self.pointwise_norm, self.pointwise_activation)
+
+    def _mixes(self):
+        """Whether the second half folds into packed weights in inference."""
+        known = _chainable(self.pointwise, self.pointwise_norm, self.pointwise_activation)
+        return known and self.pointwise.groups == 1
 
     def _mix(self, h, residual):
         """The second half as its layers say."""
         after = self.pointwise_norm, self.pointwise_activation
-        if (
-            type(self.pointwise) is QuantConv2d
-            and all(type(m) is nn.Identity for m in after)
-            and not self.pointwise._forward_hooks
-        ):
+        if type(self.pointwise) is QuantConv2d and all(type(m) is nn.Identity for m in after) and not _hooked(self.pointwise):
             return self.pointwise(h, residual)
         return self._finish(self.pointwise(h), residual)
 
@@ -142,7 +162,7 @@ class _Block(nn.Module):
 
     def _trained(self):
         """The op's arguments behind the second convolution where it serves its norm by the batch's moments; None else."""
-        if self.pointwise._forward_hooks or not _stock(self.pointwise) or not _takes_batch(self.pointwise_norm):
+        if _hooked(self.pointwise) or not _stock(self.pointwise) or not _takes_batch(self.pointwise_norm):
             return None
         if not _fusable(self.pointwise_norm, self.pointwise_activation):
             return None
@@ -175,6 +195,12 @@ class PointwiseConv2d(_Block):
         if words is None:
             return self._mix(x, residual)
         return ops.separable_conv2d(x, None, self.pointwise.weight, None, self.pointwise.bias, **words, residual=residual)
+
+    def chain_links(self):
+        """The one layer of an InferenceChain."""
+        if not self._mixes():
+            raise LookupError(type(self).__name__)
+        return [(self._pack, None)]
 
     def _pack(self):
         norm, g = _batch_norm(self.pointwise_norm, False), _ACTIVATIONS[type(self.pointwise_activation)]
@@ -244,7 +270,7 @@ class DepthwiseSeparableConv2d(_Block):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if residual is None and self.residual:
             residual = x
-        conv, hooked = self.depthwise, self.depthwise._forward_hooks or self.pointwise._forward_hooks
+        conv, hooked = self.depthwise, _hooked(self.depthwise, self.pointwise)
         if (
             hooked
             or not _stock(conv)
@@ -263,11 +289,19 @@ class DepthwiseSeparableConv2d(_Block):
             return self._finish(ops.separable_conv2d(x, *weights, *numbers, norm=norm, activation=f), residual)
         return ops.separable_conv2d(x, *weights, *numbers, norm=norm, activation=f, **words, residual=residual)
 
+    def chain_links(self):
+        """The one layer of an InferenceChain, which takes a filter a channel."""
+        conv = self.depthwise
+        filters = _chainable(conv, self.depthwise_norm, self.depthwise_activation)
+        if not filters or not conv.groups == conv.in_channels == conv.out_channels or not self._mixes():
+            raise LookupError(type(self).__name__)
+        return [(self._pack, 1 if self.residual else None)]
+
     def _filter(self, x):
         """The first half as its layers say; in one pass where the second is a low-bit layer."""
         conv, norm, activation = self.depthwise, self.depthwise_norm, self.depthwise_activation
         word = _ACTIVATIONS.get(type(activation))
-        plain = _stock(conv) and not conv._forward_hooks and conv.padding_mode == "zeros" and conv.groups == conv.out_channels
+        plain = _stock(conv) and not _hooked(conv) and conv.padding_mode == "zeros" and conv.groups == conv.out_channels
         if not (
             plain and _fusable(norm, activation) and not _takes_batch(norm) and serves_filter(x, conv.weight[0].numel(), word)
         ):

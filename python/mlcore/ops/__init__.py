@@ -3,6 +3,7 @@
 from ._attention_decode import attention_with_kvcache, rotate
 from ._attention_gathered import gathered_attention
 from ._attention_positions import alibi_slopes, merge_attention, t5_relative
+from ._chain import PackedChain
 from ._signs import PackedSigns
 from ._straight_through import binarize, dorefa_activations, dorefa_weights, ternarize
 from .aft import aft
@@ -19,6 +20,7 @@ from .separable_conv import BatchNorm, PackedConv, PackedSeparable, batch_norm2d
 
 __all__ = [
     "BatchNorm",
+    "PackedChain",
     "PackedConv",
     "PackedSeparable",
     "PackedSigns",
