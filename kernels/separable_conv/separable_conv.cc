@@ -3,6 +3,7 @@
 #include "separable_conv/separable_conv.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "core/pages.h"
 #include "core/parallel.h"
@@ -363,6 +364,32 @@ void bwd_product(const DLTensor* dy_, const DLTensor* z_, const DLTensor* z_scal
   finish_sums(p, p.N * p.strips(), p.mean, out);
 }
 
+void norm(const DLTensor* taken_, const DLTensor* weight_, const DLTensor* bias_, const DLTensor* conv_bias_, double momentum,
+          double eps, int64_t count, DLTensor* running_mean_, DLTensor* running_var_, DLTensor* used_, DLTensor* scale_,
+          DLTensor* shift_) {
+  const Tensor taken(taken_, kOp, "taken"), weight(weight_, kOp, "weight"), bias(bias_, kOp, "bias"),
+      conv_bias(conv_bias_, kOp, "conv_bias"), running_mean(running_mean_, kOp, "running_mean"),
+      running_var(running_var_, kOp, "running_var"), used(used_, kOp, "used"), scale(scale_, kOp, "scale"),
+      shift(shift_, kOp, "shift");
+  taken.on(kDLCPU).rank_is(2, "(2, C)"), used.on(kDLCPU), scale.on(kDLCPU), shift.on(kDLCPU);
+  require(count >= 2, kOp, ": count must be at least 2; got ", count);
+  const int64_t C = taken.size(1);
+  const auto vector = [C](const Tensor& t) { return Problem::sums(t, {C}, "(C)"); };
+  const float *from = Problem::sums(taken, {2, C}, "(2, C)"), *factor = vector(weight), *offset = vector(bias);
+  const float* moved = vector(conv_bias);
+  float *mean = vector(running_mean), *variance = vector(running_var), *out = Problem::sums(used, {2, C}, "(2, C)");
+  float *by = vector(scale), *start = vector(shift);
+  const float unbiased = static_cast<float>(static_cast<double>(count) / static_cast<double>(count - 1));
+  const float part = static_cast<float>(momentum);
+  for (int64_t c = 0; c < C; ++c) {
+    const double rstd = 1.0 / std::sqrt(double{from[C + c]} + eps), s = factor ? double{factor[c]} * rstd : rstd;
+    if (mean) mean[c] += part * (from[c] + (moved ? moved[c] : 0.0f) - mean[c]);
+    if (variance) variance[c] += part * (from[C + c] * unbiased - variance[c]);
+    out[c] = from[c], out[C + c] = static_cast<float>(rstd), by[c] = static_cast<float>(s);
+    start[c] = static_cast<float>((offset ? double{offset[c]} : 0.0) - double{from[c]} * s);
+  }
+}
+
 }  // namespace
 }  // namespace mlcore
 
@@ -406,5 +433,13 @@ int mlc_separable_conv_bwd_product(const DLTensor* dy, const DLTensor* z, const 
   return mlcore::guard([&] {
     mlcore::bwd_product(dy, z, z_scale, z_shift, z_sums, x, depthwise, scale, shift, moments, pointwise, {stride_h, stride_w},
                         {dilation_h, dilation_w}, {pad_h, pad_w}, f, g, d, sums, dpointwise, partial, dpartial);
+  });
+}
+
+int mlc_separable_conv_norm(const DLTensor* taken, const DLTensor* weight, const DLTensor* bias, const DLTensor* conv_bias,
+                            double momentum, double eps, int64_t count, DLTensor* running_mean, DLTensor* running_var,
+                            DLTensor* used, DLTensor* scale, DLTensor* shift) {
+  return mlcore::guard([&] {
+    mlcore::norm(taken, weight, bias, conv_bias, momentum, eps, count, running_mean, running_var, used, scale, shift);
   });
 }

@@ -71,4 +71,13 @@ MLC_API int mlc_separable_conv_bwd_product(const DLTensor* dy, const DLTensor* z
                                            int64_t pad_w, int64_t f, int64_t g, DLTensor* d, DLTensor* sums,
                                            DLTensor* dpointwise, DLTensor* partial, DLTensor* dpartial);
 
+// What a norm by the batch's moments does with them, taken = (mean, biased variance) : (2, C), of `count` values a channel:
+//   used = (mean, rstd), rstd = (variance + eps)^-1/2 : (2, C)      scale = weight * rstd, shift = bias - mean * scale : (C)
+//   running_mean += momentum * (mean + conv_bias - running_mean), running_var likewise by the variance * count / (count - 1)
+// all float32; weight, bias, conv_bias, running_mean and running_var, (C), may be NULL.
+MLC_API int mlc_separable_conv_norm(const DLTensor* taken, const DLTensor* weight, const DLTensor* bias,
+                                    const DLTensor* conv_bias, double momentum, double eps, int64_t count,
+                                    DLTensor* running_mean, DLTensor* running_var, DLTensor* used, DLTensor* scale,
+                                    DLTensor* shift);
+
 #endif  // MLCORE_SEPARABLE_CONV_H_

@@ -33,12 +33,11 @@ def channels_last(t):
 
 
 def wide(t):
-    return None if t is None else t.to(torch.float32).contiguous()
+    return t if t is None or (t.dtype is torch.float32 and t.is_contiguous()) else t.to(torch.float32).contiguous()
 
 
 def _new(x, shape):
-    N, C, H, W = shape
-    return x.new_empty(N, H, W, C).permute(0, 3, 1, 2)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _floats(x, *shape):
@@ -269,7 +268,7 @@ def _hidden_gradients(need, d, x, depthwise, numbers, impl):
         return d if need_x else None, None
     stride, dilation = ([1, *n] for n in (numbers[:2], numbers[2:4]))
     args = (d, x, wide(depthwise).unsqueeze(1), stride, dilation, [0, 0, *numbers[4:]], need_x, need_weight, impl)
-    dx, dweight, _ = torch.ops.mlcore.depthwise_conv_bwd(*args)
+    dx, dweight, _ = torch.ops.mlcore.depthwise_conv_bwd.default(*args)
     return dx if need_x else None, dweight.squeeze(1).to(depthwise.dtype) if need_weight else None
 
 
@@ -301,18 +300,17 @@ class NormActivation(torch.autograd.Function):
 
 class SeparableBlock(torch.autograd.Function):
     """SeparableConv with NormActivation behind it, where nothing watches the call: the gradient of z is made while backward
-    multiplies it. used: from z's moments the ones that its norm uses.
+    multiplies it. affine: moments, scale and shift of the first norm, or None; settle: from z's moments those of the last one.
     """
 
     @staticmethod
     def forward(
-        ctx, x, depthwise, weight, bias, pointwise, last_weight, last_bias, residual, moments, numbers, f, g, used, impl
+        ctx, x, depthwise, weight, bias, pointwise, last_weight, last_bias, residual, affine, numbers, f, g, settle, impl
     ):
-        scale, shift = _affine(weight, bias, moments)
+        moments, scale, shift = (None, weight, bias) if affine is None else affine
         args = (None, None, pointwise.shape[0], numbers, f, 0, True, impl)
         z, taken = _run_fwd(x, depthwise, scale, shift, _weights(pointwise, impl), *args)
-        last_moments = used(taken)
-        last_scale, last_shift = _affine(last_weight, last_bias, last_moments)
+        last_moments, last_scale, last_shift = settle(taken)
         ctx.words, ctx.g = (numbers, f, impl), g
         tensors = (x, depthwise, weight, bias, pointwise, last_weight, last_bias, residual)
         ctx.save_for_backward(*tensors, scale, shift, moments, z, last_scale, last_shift, last_moments)

@@ -107,6 +107,20 @@ def _used(name, norm, moments, count, conv_bias):
         return torch.stack((mean, (variance + norm.eps).rsqrt()))
 
 
+def _settled(name, norm, taken, count, conv_bias):
+    """(mean, rstd), scale and shift of a training norm, whose running moments are moved as in _used: small tensors that would
+    take torch ten calls.
+    """
+    tensors = [norm.weight, norm.bias, conv_bias, norm.running_mean, norm.running_var]
+    if count <= 1 or any(t is not None and not (t.dtype is torch.float32 and t.is_contiguous()) for t in tensors):
+        moments = _used(name, norm, taken, count, conv_bias)
+        return moments, *op._affine(norm.weight, norm.bias, moments)
+    out = torch.empty_like(taken), torch.empty_like(taken[0]), torch.empty_like(taken[0])
+    kernel(OP, "norm", "cpu")(taken, *tensors[:3], norm.momentum, norm.eps, count, *tensors[3:], *out)
+    torch.autograd.graph.increment_version([t for t in tensors[3:] if t is not None])
+    return out
+
+
 def _batch_moments(name, x, depthwise, norm, conv_bias, numbers, backend):
     """(mean, rstd) of this batch's h, as _used has them."""
     size = op.hidden_size(x, depthwise, numbers)
@@ -222,20 +236,16 @@ def separable_conv2d(
     elif depthwise.shape[0] != x.shape[1]:
         x = x.repeat_interleave(depthwise.shape[0] // x.shape[1], 1)
     training, last_training = (n is not None and n.training for n in (norm, last))
+    watched = (x, depthwise_weight, pointwise_weight, residual)
+    if last_training and backend == "cpu" and direct(*watched, *last[:4], *(norm or ())[:4], depthwise_bias, pointwise_bias):
+        matrix, biases = pointwise_weight.reshape(shape[:2]), (depthwise_bias, pointwise_bias)
+        return _block(x, depthwise, matrix, biases, norm, last, residual, numbers, f, g, backend)
     moments = _batch_moments(name, x, depthwise, norm, depthwise_bias, numbers, backend) if training else None
     scale, shift = (norm.weight, norm.bias) if training else _fold(norm, depthwise_bias)
     matrix = pointwise_weight.reshape(shape[:2])
     if last is not None and not last_training:
         factor, pointwise_bias = _fold(last, pointwise_bias)
         matrix = (matrix * factor[:, None]).to(matrix.dtype)
-    tensors = (x, depthwise, scale, shift, matrix)
-    if last_training and backend == "cpu" and direct(*tensors, last.weight, last.bias, residual):
-
-        def used(taken):
-            return _used(name, last, taken, x.shape[0] * math.prod(op.hidden_size(x, depthwise, numbers)), pointwise_bias)
-
-        tensors += (last.weight, last.bias, residual, moments)
-        return op.SeparableBlock.apply(*tensors, numbers, f, g, used, backend)
     if backend == "reference":
         z, taken = op.reference(x, depthwise, scale, shift, matrix, moments, numbers, f), None
     elif last_training or needs_grad(x, depthwise, scale, shift, matrix):
@@ -256,6 +266,22 @@ def separable_conv2d(
             taken = torch.stack(ref.batch_norm_moments(z.to(torch.promote_types(z.dtype, torch.float32))))
     moments = _used(name, last, taken, z.numel() // shape[0], pointwise_bias)
     return _normalised(z, last, moments, g, residual, backend)
+
+
+def _block(x, depthwise, matrix, biases, norm, last, residual, numbers, f, g, backend):
+    """Everything as one function of autograd, where the last norm is training and nothing watches the call."""
+    name, affine = "separable_conv2d", None
+    count = x.shape[0] * math.prod(op.hidden_size(x, depthwise, numbers))
+    with torch.no_grad():
+        if norm is not None and norm.training:
+            affine = _settled(name, norm, op._run_moments(x, depthwise, numbers, backend), count, biases[0])
+    weights = _fold(norm, biases[0]) if affine is None else norm[:2]
+
+    def settle(taken):
+        return _settled(name, last, taken, count, biases[1])
+
+    tensors = (x, depthwise, *weights, matrix, *last[:2], residual)
+    return op.SeparableBlock.apply(*tensors, affine, numbers, f, g, settle, backend)
 
 
 def _finish(z, bias, g, residual):
