@@ -1,92 +1,15 @@
-// The CUDA kernels of aft and their launchers; the equations are in aft.h. A thread has one feature of four sinks, and every
-// pair its own exponential. Forward and the gradients of keys are one kernel: sources are keys or queries, sinks the other.
-// Everything outside of a band comes as sums over groups of sources (README.md: How). The same text runs on the CPU in tests.
+// The CUDA kernels of aft and their launchers; the equations are in aft.h, the parts of the kernels in aft_cuda.cuh. Everything
+// outside of a band comes as sums over groups of sources (README.md: How). The same text runs on the CPU in tests.
 #include <algorithm>
 
 #include "aft/aft.h"
-#include "core/tokens.h"
+#include "aft/aft_cuda.cuh"
 #include "cuda/dispatch.h"
 
 namespace mlcore::cuda {
 namespace {
 
 constexpr const char* kOp = "aft";
-constexpr int kTile = 32, kWarps = 8, kThreads = kTile * kWarps, kEach = kTile / kWarps;  // tokens; a warp's rows of a tile
-constexpr int kMaxParts = 32;                                                             // of sums over queries
-constexpr float kFloor = -1e38f;  // below every exponent; finite, so that differences of maxima are numbers
-
-struct Aft {
-  Tokens q, k, v, o, d_o, dq, dk, dv;
-  const float* bias;
-  int64_t bias_sh, bias_st;
-  float *y, *den, *peak, *dbias, *ahead, *behind, *partial;  // ahead, behind: (B H, groups + 1, 3, D)
-  int B, H, T, S, D, window, columns, bias_heads, sources, sinks, groups, chunks, parts;
-  bool causal, banded;
-};
-
-template <class T>
-MLC_DEVICE float read(const Tokens& x, int64_t b, int64_t h, int t, int d) {
-  return to_float(static_cast<const T*>(x.data)[b * x.sb + h * x.sh + t * x.st + d]);
-}
-template <class T>
-MLC_DEVICE void write(const Tokens& x, int64_t b, int64_t h, int t, int d, float v) {
-  static_cast<T*>(x.data)[b * x.sb + h * x.sh + t * x.st + d] = from_float<T>(v);
-}
-
-MLC_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
-// w[h,t,j]; -inf where the pair doesn't exist.
-MLC_DEVICE float weight(const Aft& p, int h, int t, int j) {
-  if (t < 0 || t >= p.T || j < 0 || j >= p.S || (p.causal && j > t)) return -INFINITY;
-  if (p.bias == nullptr) return 0.0f;
-  const float* row = p.bias + (p.bias_heads == 1 ? 0 : h) * p.bias_sh + t * p.bias_st;
-  if (!p.banded) return row[j];
-  const int c = j - t + p.window - 1;
-  return c >= 0 && c < p.columns ? row[c] : 0.0f;
-}
-
-// One feature of a source: its exponent and payloads. Keys: (k, v, 1), where hidden keys have the value 0; queries:
-// (-peak, dy / den, y dy / den).
-struct Source {
-  float z = -INFINITY, p1 = 0.0f, p2 = 0.0f;
-};
-template <class T, bool Backward>
-MLC_DEVICE Source load_source(const Aft& p, int64_t item, int i, int d) {
-  Source s;
-  const int64_t b = item / p.H, h = item % p.H;
-  if (!Backward) {
-    s.z = read<T>(p.k, b, h, i, d), s.p1 = s.z < kFloor ? 0.0f : read<T>(p.v, b, h, i, d), s.p2 = 1.0f;
-    return s;
-  }
-  const int64_t at = (item * p.T + i) * p.D + d;
-  const float dy = read<T>(p.d_o, b, h, i, d) * sigmoid(read<T>(p.q, b, h, i, d)), den = p.den[at];
-  s.z = -p.peak[at], s.p1 = den > 0.0f ? dy / den : dy * (den * 0.0f), s.p2 = s.p1 * p.y[at];
-  return s;
-}
-
-// A running sum of e^z p1 and e^z p2, relative to e^peak.
-struct RunningSum {
-  float peak = kFloor, n1 = 0.0f, n2 = 0.0f;
-  MLC_DEVICE void scale_to(float z) {  // a NaN z leaves peak
-    const float top = fmaxf(z, peak), old = expf(peak - top);
-    n1 *= old, n2 *= old, peak = top;
-  }
-  MLC_DEVICE void add(const RunningSum& s) {
-    scale_to(s.peak);
-    const float f = expf(s.peak - peak);
-    n1 += f * s.n1, n2 += f * s.n2;
-  }
-};
-MLC_DEVICE RunningSum load_sum(const Aft& p, const float* sums, int64_t item, int64_t group, int d) {
-  const float* at = sums + (item * (p.groups + 1) + group) * 3 * p.D + d;
-  RunningSum s;
-  s.peak = at[0], s.n1 = at[p.D], s.n2 = at[2 * p.D];
-  return s;
-}
-MLC_DEVICE void store_sum(const Aft& p, float* sums, int64_t item, int64_t group, int d, const RunningSum& s) {
-  float* at = sums + (item * (p.groups + 1) + group) * 3 * p.D + d;
-  at[0] = s.peak, at[p.D] = s.n1, at[2 * p.D] = s.n2;
-}
 
 // The sum over one group of sources for one feature a thread, into its place for aft_scan.
 template <class T, bool Backward>
@@ -132,77 +55,6 @@ __global__ void __launch_bounds__(kThreads) aft_scan(const Aft p) {
   }
 }
 
-// Sources [begin, end) whose weights for the sinks [x, x + kTile) are not all exp(z); multiples of kTile, but for the last.
-template <bool Backward>
-MLC_DEVICE void near_range(const Aft& p, int x, int& begin, int& end) {
-  const int most = p.groups * kTile, n = p.sources;
-  const bool ahead_only = p.causal && Backward, behind_only = p.causal && !Backward;
-  if (p.bias != nullptr && !p.banded) {
-    begin = ahead_only ? x : 0, end = behind_only ? x + kTile : n;
-  } else if (p.bias == nullptr && !p.causal) {
-    begin = end = most;
-  } else {
-    const int first = max(x - p.window + 1, 0), last = x + kTile - 1 + p.window + kTile - 1;
-    begin = ahead_only ? x : first / kTile * kTile, end = behind_only ? x + kTile : last / kTile * kTile;
-  }
-  begin = min(begin, most), end = max(begin, min(end, n));
-}
-
-// Tiles of sources by features, and of weights by queries and keys.
-struct Near {
-  float z[kTile][kTile], p1[kTile][kTile], p2[kTile][kTile], w[kTile][kTile + 1];
-};
-
-// Adds a tile of sources to the warp's sinks. Backward: s.peak is the sink's own exponent, and sums are whole.
-template <bool Backward>
-MLC_DEVICE void add_tile(const Near& near, RunningSum (&s)[kEach]) {
-  const int lane = threadIdx.x % kTile, row = threadIdx.x / kTile * kEach;
-  const auto of = [&](int i, int m) { return Backward ? near.w[m][row + i] : near.w[row + i][m]; };
-  if (!Backward)
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      float top = kFloor;
-      for (int m = 0; m < kTile; ++m)
-        if (of(i, m) != -INFINITY) top = fmaxf(near.z[m][lane] + of(i, m), top);
-      s[i].scale_to(top);
-    }
-  float n1[kEach] = {}, n2[kEach] = {};
-  for (int m = 0; m < kTile; ++m) {
-    const float z = near.z[m][lane], p1 = near.p1[m][lane], p2 = near.p2[m][lane];
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const float w = of(i, m);
-      if (w == -INFINITY) continue;
-      // Backward first adds what forward has added first: their sum less its peak is then exact.
-      const float e = Backward ? expf((s[i].peak + w) + z) : expf((z + w) - s[i].peak);
-      n1[i] += e * p1, n2[i] += e * p2;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) s[i].n1 += n1[i], s[i].n2 += n2[i];
-}
-
-// o of a query, and what backward needs of it.
-template <class T>
-MLC_DEVICE void finish_query(const Aft& p, int64_t item, int t, int d, const RunningSum& s) {
-  const int64_t b = item / p.H, h = item % p.H, at = (item * p.T + t) * p.D + d;
-  const float y = s.n2 > 0.0f ? s.n1 / s.n2 : s.n2 * 0.0f;
-  write<T>(p.o, b, h, t, d, sigmoid(read<T>(p.q, b, h, t, d)) * y);
-  if (p.y == nullptr) return;
-  p.y[at] = y, p.den[at] = s.n2, p.peak[at] = s.n2 > 0.0f ? s.peak : INFINITY;  // what sees nothing weighs 0
-}
-
-template <class T>
-MLC_DEVICE void finish_key(const Aft& p, int64_t item, int j, int d, const RunningSum& s) {
-  const int64_t b = item / p.H, h = item % p.H;
-  const Source key = load_source<T, false>(p, item, j, d);
-  // A key that no query sees gets 0 whatever its value is.
-  const float none = s.n1 * 0.0f + s.n2 * 0.0f;
-  const bool seen = (s.n1 > 0.0f || s.n1 < 0.0f || s.n2 > 0.0f || s.n2 < 0.0f) && !(key.z < kFloor);
-  write<T>(p.dv, b, h, j, d, seen ? s.n1 : none);
-  write<T>(p.dk, b, h, j, d, seen ? fmaf(key.p1, s.n1, -s.n2) : none);
-}
-
 // A block owns kTile sinks of an item by kTile features: o, or with Backward dk and dv.
 template <class T, bool Backward>
 __global__ void __launch_bounds__(kThreads) aft_gather(const Aft p) {
@@ -219,16 +71,8 @@ __global__ void __launch_bounds__(kThreads) aft_gather(const Aft p) {
     for (int i = 0; i < kEach; ++i) s[i].peak = x + row + i < p.sinks && d < p.D ? read<T>(p.k, b, h, x + row + i, d) : kFloor;
   for (int first = begin; first < end; first += kTile) {
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int m = row + i, t = Backward ? first + m : x + m, j = Backward ? x + lane : first + lane;
-      Source source;
-      if (first + m < p.sources && d < p.D) source = load_source<T, Backward>(p, item, first + m, d);
-      near.z[m][lane] = source.z, near.p1[m][lane] = source.p1, near.p2[m][lane] = source.p2;
-      near.w[m][lane] = weight(p, static_cast<int>(h), t, j);
-    }
-    __syncthreads();
-    add_tile<Backward>(near, s);
+    const bool products = load_near<T, Backward>(p, item, x, first, d, near);
+    products ? add_products<Backward>(near, s) : add_tile<Backward>(near, s);
   }
   const auto add_far = [&](const float* sums, int group) {
     if (sums == nullptr || d >= p.D) return;
@@ -265,19 +109,74 @@ __global__ void __launch_bounds__(kThreads) aft_query_gradients(const Aft p) {
 // Queries and the keys that meet them in a tile of the bias, by features: with a band the tile's columns are diagonals.
 struct Pairs {
   float z[kTile][kTile], p1[kTile][kTile], p2[kTile][kTile], k[2 * kTile][kTile + 1], v[2 * kTile][kTile + 1];
+  float high[kWarps][kTile], low[kWarps][kTile];
+  bool wrong[kWarps];
 };
 
+// True where the keys of a feature lie near each other: then k and v are multiplied with exp(k) relative to the largest, and
+// queries with exp(z) relative to e^z of a row, so that a pair takes one exponential for all features.
 template <class T>
-MLC_DEVICE void load_pairs(const Aft& p, int64_t item, int t0, int j0, int d, Pairs& pairs) {
-  const int lane = threadIdx.x % kTile;
-  for (int m = threadIdx.x / kTile; m < (p.banded ? 2 * kTile : kTile); m += kWarps) {
-    Source key, query;
-    if (d < p.D && j0 + m >= 0 && j0 + m < p.S) key = load_source<T, false>(p, item, j0 + m, d);
-    pairs.k[m][lane] = key.z, pairs.v[m][lane] = key.p1;
-    if (m >= kTile) continue;
-    if (d < p.D && t0 + m < p.T) query = load_source<T, true>(p, item, t0 + m, d);
-    pairs.z[m][lane] = query.z, pairs.p1[m][lane] = query.p1, pairs.p2[m][lane] = query.p2;
+MLC_DEVICE bool load_pairs(const Aft& p, int64_t item, int t0, int j0, int d, Pairs& pairs) {
+  constexpr int kKeys = 2 * kTile / kWarps;
+  const int lane = threadIdx.x % kTile, warp = threadIdx.x / kTile, count = p.banded ? 2 * kTile : kTile;
+  Source key[kKeys], query[kEach];
+  float high = -INFINITY, low = INFINITY, reach;
+  bool wrong = false;
+#pragma unroll
+  for (int i = 0; i < kKeys; ++i) {
+    const int m = warp + i * kWarps, j = j0 + m;
+    if (d >= p.D || m >= count || j < 0 || j >= p.S) continue;
+    key[i] = load_source<T, false>(p, item, j, d);
+    high = fmaxf(high, key[i].z), low = fminf(low, key[i].z);
+    wrong = wrong || !(key[i].z < INFINITY && fabsf(key[i].p1) < INFINITY);
   }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int t = t0 + warp + i * kWarps;
+    if (d >= p.D || t >= p.T) continue;
+    query[i] = load_source<T, true>(p, item, t, d);
+    wrong = wrong || !(query[i].z < INFINITY && fabsf(query[i].p1) < INFINITY && fabsf(query[i].p2) < INFINITY);
+  }
+  pairs.high[warp][lane] = high, pairs.low[warp][lane] = low;
+  wrong = __any_sync(kFullWarp, wrong);
+  if (lane == 0) pairs.wrong[warp] = wrong;
+  __syncthreads();
+  const float top = column_top(pairs.high, pairs.low, reach);
+  for (int v = 0; v < kWarps; ++v) wrong = wrong || pairs.wrong[v];
+  const bool products = !wrong && reach <= kReach;
+#pragma unroll
+  for (int i = 0; i < kKeys; ++i) {
+    const int m = warp + i * kWarps;
+    const float e = expf(key[i].z - top);
+    pairs.k[m][lane] = products ? e : key[i].z, pairs.v[m][lane] = products ? e * key[i].p1 : key[i].p1;
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int m = warp + i * kWarps;
+    const float z = query[i].z + top, row_top = fmaxf(warp_max(z), kFloor),
+                e = products ? expf(add3(query[i].z, top, -row_top)) : 1.0f;
+    pairs.z[m][lane] = products ? row_top : query[i].z;
+    pairs.p1[m][lane] = e * query[i].p1, pairs.p2[m][lane] = e * query[i].p2;
+  }
+  __syncthreads();
+  return products;
+}
+
+// The sum over a tile of features for the pair of query row m and key row n, at weight w.
+MLC_DEVICE float pair_gradient(const Pairs& pairs, int m, int n, float w, int features, bool products) {
+  const float *k = pairs.k[n], *v = pairs.v[n], *p1 = pairs.p1[m], *p2 = pairs.p2[m];
+  float terms = 0.0f;
+  if (products) {
+#pragma unroll 8
+    for (int e = 0; e < kTile; ++e) terms += p1[e] * v[e] - p2[e] * k[e];
+    return expf(w + pairs.z[m][0]) * terms;
+  }
+#pragma unroll 4
+  for (int e = 0; e < features; ++e) {
+    const float weighed = expf(add3(k[e], w, pairs.z[m][e])), term = weighed * (p1[e] * v[e] - p2[e]);
+    terms += weighed > 0.0f ? term : weighed * 0.0f;
+  }
+  return terms;
 }
 
 // The gradient of kTile queries by kTile columns of the bias's head blockIdx.y, over all items that share it, in order. A bias
@@ -302,20 +201,10 @@ __global__ void __launch_bounds__(kThreads) aft_bias_gradients(const Aft p) {
       const int64_t item = p.bias_heads == 1 ? n : int64_t{n} * p.H + head;
       for (int d0 = 0; d0 < p.D; d0 += kTile) {
         __syncthreads();
-        load_pairs<T>(p, item, t0, j0, d0 + lane, pairs);
-        __syncthreads();
+        const bool products = load_pairs<T>(p, item, t0, j0, d0 + lane, pairs);
 #pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-          if (w[i] == -INFINITY) continue;
-          const float *k = pairs.k[key_row(i)], *v = pairs.v[key_row(i)];
-          float terms = 0.0f;
-          for (int e = 0; e < min(kTile, p.D - d0); ++e) {
-            const float weighed = expf((k[e] + w[i]) + pairs.z[row + i][e]);
-            const float term = weighed * (pairs.p1[row + i][e] * v[e] - pairs.p2[row + i][e]);
-            terms += weighed > 0.0f ? term : weighed * 0.0f;
-          }
-          total[i] += terms;
-        }
+        for (int i = 0; i < kEach; ++i)
+          if (w[i] != -INFINITY) total[i] += pair_gradient(pairs, row + i, key_row(i), w[i], min(kTile, p.D - d0), products);
       }
     }
 #pragma unroll
