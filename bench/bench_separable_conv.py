@@ -108,9 +108,9 @@ def training(block: Block) -> Group:
         return run
 
     def one(x, depthwise, pointwise, a, b, c, d):
-        norm = ops.BatchNorm(a, b, training=True)
-        z = ops.separable_conv2d(x, depthwise, pointwise, None, None, block.stride, 1, norm=norm, activation="relu")
-        return F.relu(F.batch_norm(z, None, None, c, d, True))
+        words = {"norm": ops.BatchNorm(a, b, training=True), "pointwise_norm": ops.BatchNorm(c, d, training=True)}
+        words |= {"activation": "relu", "pointwise_activation": "relu"}
+        return ops.separable_conv2d(x, depthwise, pointwise, None, None, block.stride, 1, **words)
 
     def leaves(last, dtype=torch.float32):
         made = [x, depthwise, pointwise, *norms]

@@ -242,3 +242,34 @@ def test_raw_binding_of_the_fused_backward():
         _C.separable_conv_bwd(dy, dy, None, None, None, torch.ones(2, 5), 1, 1, 1, 1, 0, 0, 0, None, torch.ones(4, 5), None)
     with pytest.raises(ValueError, match="separable_conv: without moments d and partial must be given"):
         _C.separable_conv_bwd(dy, dy, None, None, None, None, 1, 1, 1, 1, 0, 0, 0, None, torch.ones(4, 5), torch.ones(1, 3, 5))
+
+
+def test_raw_binding_of_a_norm():
+    taken, running = torch.tensor([[2.0, 0.0], [3.0, 1.0]]), torch.zeros(2)
+    used, scale, shift = torch.ones(2, 2), torch.ones(2), torch.ones(2)
+    good = [taken, torch.tensor([4.0, 1.0]), None, torch.ones(2), 0.5, 1.0, 4, running, None, used, scale, shift]
+    for at, value, message in [
+        (0, taken[0], "taken must be (2, C); got shape (2)"),
+        (1, torch.ones(3), "weight must be (C) = (2); got (3)"),
+        (6, 1, "count must be at least 2; got 1"),
+        (9, None, "used must be given"),
+        (10, None, "scale must be given"),
+    ]:
+        args = list(good)
+        args[at] = value
+        with pytest.raises(ValueError, match="separable_conv: ") as error:
+            _C.separable_conv_norm(*args)
+        assert message in str(error.value)
+    assert running.eq(0).all() and used.eq(1).all()
+    _C.separable_conv_norm(*good)
+    assert running.tolist() == [1.5, 0.5] and used[0].equal(taken[0])
+    assert used[1].equal(torch.tensor([0.5, 2**-0.5])) and scale[0] == 2 and shift[0] == -4
+
+
+def test_running_moments_show_in_versions():
+    """PackedSeparable's owners ask a buffer's version whether it has changed."""
+    leaves, buffers = block_leaves((2, 6, 8, 9), 5), (torch.zeros(5), torch.ones(5))
+    norm = BatchNorm(*leaves[5:7], *buffers, training=True)
+    versions = [t._version for t in buffers]
+    separable_conv2d(*leaves[:3], None, None, 1, 1, pointwise_norm=norm)
+    assert all(t._version > v for t, v in zip(buffers, versions, strict=True)) and buffers[0].abs().sum() > 0

@@ -232,7 +232,7 @@ def separable_conv2d(
     if depthwise is None:  # then stride and padding are torch's, with their gradients
         top, bottom, left, right = numbers[4:]
         x = torch.nn.functional.pad(x, (left, right, top, bottom)) if any(numbers[4:]) else x
-        x, numbers = x[:, :, :: numbers[0], :: numbers[1]], PLAIN
+        x, numbers = x if tuple(numbers[:2]) == (1, 1) else x[:, :, :: numbers[0], :: numbers[1]], PLAIN
     elif depthwise.shape[0] != x.shape[1]:
         x = x.repeat_interleave(depthwise.shape[0] // x.shape[1], 1)
     training, last_training = (n is not None and n.training for n in (norm, last))
