@@ -17,7 +17,7 @@ constexpr const char* kOp = "separable_conv";
 constexpr int64_t kFields = 20;                          // of a row of the table
 constexpr int64_t kChunk = 16;                           // images that go through the chain together
 constexpr int64_t kMostPixels = 224, kLeastPixels = 24;  // of a part
-constexpr int64_t kFusedFloats = 1 << 18, kExpandedFloats = 1 << 18;
+constexpr int64_t kFusedFloats = 1 << 16, kExpandedFloats = 1 << 18;
 thread_local Scratch arena;  // of the calling thread; its workers get slices
 
 int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
