@@ -171,12 +171,12 @@ void cut_step(ChainStep& s, int64_t threads) {
     const double expanded = s.expand ? static_cast<double>(lines * p.W * p.C * s.expand->conv.C) / 32.0 : 0.0;
     const int64_t row_parts = (p.Ho + rows - 1) / rows, strips = (p.N + images - 1) / images * row_parts;
     const double pixels = static_cast<double>(images * rows * p.Wo), depth = static_cast<double>(p.C);
-    for (int64_t cuts = 1; cuts <= (s.expand ? 1 : std::min(panels, 4 * threads)); cuts *= 2) {
+    for (int64_t cuts = 1; cuts <= (s.expand ? 1 : std::min(panels, threads)); cuts *= 2) {
       const int64_t columns = std::min((panels + cuts - 1) / cuts * kBlock, p.J),
                     parts = strips * ((p.J + columns - 1) / columns);
       const double weights = depth * static_cast<double>(columns);
       const double product = std::max(weights * (pixels + 6.0) / 30.0, weights * 4.0 / 6.0);
-      const double part = expanded + product + pixels * depth * static_cast<double>(taps) / 20.0 + 2000.0;
+      const double part = expanded + product + pixels * depth * static_cast<double>(taps) / 8.0 + 2000.0;
       const double cost = (static_cast<double>((parts + threads - 1) / threads) + 0.5) * part;
       if (best >= 0.0 && cost >= best) continue;
       best = cost, s.images = images, s.rows = rows, s.columns = columns;
