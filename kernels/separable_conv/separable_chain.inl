@@ -2,8 +2,8 @@
 // uses. Strips of `a` are made as there; the product reads x in place where nothing is filtered, adds in y itself and finishes
 // an element when its last product is in.
 
-// Rows of weights that are multiplied at once: with panels of 64 columns 32 KiB of the L1 cache. Tiles of 14 rows by two vectors
-// with 256 rows of weights were as fast alone (169 to 180 GFLOP/s a core), but made MobileNets take a third longer.
+// Rows of weights that are multiplied at once: with panels of 64 columns 32 KiB of the L1 cache. Tiles of 14 rows by two
+// vectors with 256 rows of weights were as fast alone (169 to 180 GFLOP/s a core), but made MobileNets take a third longer.
 constexpr int kChainDepth = 128;
 
 struct ChainProduct {
