@@ -17,7 +17,7 @@ constexpr const char* kOp = "separable_conv";
 constexpr int64_t kFields = 20;                          // of a row of the table
 constexpr int64_t kChunk = 16;                           // images that go through the chain together
 constexpr int64_t kMostPixels = 224, kLeastPixels = 24;  // of a part
-constexpr int64_t kFusedFloats = 1 << 18, kExpandedFloats = 1 << 18;
+constexpr int64_t kFusedFloats = 1 << 16, kExpandedFloats = 1 << 18;
 thread_local Scratch arena;  // of the calling thread; its workers get slices
 
 int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
@@ -156,7 +156,8 @@ struct Chain {
 };
 
 // Cuts a step into parts, of the least time by the rates of a core: a product of 32 multiplications a cycle for whole tiles,
-// weights of 6 bytes a cycle that come meanwhile, and what is made of x for every part anew. No sum is cut.
+// weights of 6 bytes a cycle that come meanwhile, and what is made of x for every part anew; at the end threads wait for half a
+// part, more of it where other programs run. No sum is cut.
 void cut_step(ChainStep& s, int64_t threads) {
   SeparableConv& p = s.conv;
   const int64_t taps = s.kind == ChainKind::pointwise ? 0 : s.kind == ChainKind::separable ? p.K[0] * p.K[1] + 3 : 4;
@@ -170,13 +171,13 @@ void cut_step(ChainStep& s, int64_t threads) {
     const double expanded = s.expand ? static_cast<double>(lines * p.W * p.C * s.expand->conv.C) / 32.0 : 0.0;
     const int64_t row_parts = (p.Ho + rows - 1) / rows, strips = (p.N + images - 1) / images * row_parts;
     const double pixels = static_cast<double>(images * rows * p.Wo), depth = static_cast<double>(p.C);
-    for (int64_t cuts = 1; cuts <= (s.expand ? 1 : std::min(panels, threads)); ++cuts) {
+    for (int64_t cuts = 1; cuts <= (s.expand ? 1 : std::min(panels, threads)); cuts *= 2) {
       const int64_t columns = std::min((panels + cuts - 1) / cuts * kBlock, p.J),
                     parts = strips * ((p.J + columns - 1) / columns);
       const double weights = depth * static_cast<double>(columns);
       const double product = std::max(weights * (pixels + 6.0) / 30.0, weights * 4.0 / 6.0);
-      const double cost = static_cast<double>((parts + threads - 1) / threads) *
-                          (expanded + product + pixels * depth * static_cast<double>(taps) / 20.0 + 2000.0);
+      const double part = expanded + product + pixels * depth * static_cast<double>(taps) / 8.0 + 2000.0;
+      const double cost = (static_cast<double>((parts + threads - 1) / threads) + 0.5) * part;
       if (best >= 0.0 && cost >= best) continue;
       best = cost, s.images = images, s.rows = rows, s.columns = columns;
     }
@@ -200,7 +201,7 @@ class Run {
     chain.fuse(threads_), cut_ = chain.cut();
     x_ = {x.raw(), x.stride(0), x.stride(2), x.stride(3), x.stride(1)}, y_ = y.data<float>();
     chunk_ = std::min(N_, std::max<int64_t>(kChunk, threads_));
-    group_ = std::min<int64_t>(chunk_, threads_);
+    group_ = std::min<int64_t>(chunk_, std::max(threads_ / 2, 1));
     const int64_t early = chain.place(0, std::min(cut_ - 1, last_), group_, places_);
     const int64_t late = chain.place(std::max<int64_t>(cut_ - 1, 0), last_, chunk_, places_);
     const SeparableChainKernels& kernels = separable_chain_kernels_now();

@@ -2,10 +2,9 @@
 // uses. Strips of `a` are made as there; the product reads x in place where nothing is filtered, adds in y itself and finishes
 // an element when its last product is in.
 
-// A tile of 14 rows by two vectors ran at 169 to 180 of 192 GFLOP/s a core where 6 by 4 came to 163 to 177: maps of images have
-// 7 * 2^n pixels, and 32 columns of 256 rows of weights leave room in the L1 cache.
-constexpr int kChainVecs = 2, kChainPanel = kChainVecs * kW, kChainDepth = 256;
-constexpr int chain_rows(int vecs) { return kW == 16 ? 14 : micro_rows(vecs); }
+// Rows of weights that are multiplied at once: with panels of 64 columns 32 KiB of the L1 cache. Tiles of 14 rows by two
+// vectors with 256 rows of weights were as fast alone (169 to 180 GFLOP/s a core), but made MobileNets take a third longer.
+constexpr int kChainDepth = 128;
 
 struct ChainProduct {
   const float* a;  // element (i, k) at a[i * by_row + k * by_depth]
@@ -81,10 +80,10 @@ inline void chain_last_rows(int rows, const ChainProduct& p, int64_t depth, cons
 
 template <int NV>
 void chain_panel(const ChainProduct& p, int64_t pixels, int64_t depth, const float* b, int64_t ldb, int64_t ahead) {
-  constexpr int kRows = chain_rows(NV), kLine = 16;
+  constexpr int kRows = micro_rows(NV), kLine = 16;
   int64_t i = 0;
   for (int64_t tile = 0; i + kRows <= pixels; i += kRows, ++tile) {
-    const int64_t line = tile * kLine < kChainPanel ? ahead + tile * kLine : 0;  // each tile asks for one column of lines
+    const int64_t line = tile * kLine < kPanel ? ahead + tile * kLine : 0;  // each tile asks for one column of lines
     chain_tile<kRows, NV>(p, depth, p.a + i * p.by_row, b, ldb, line, i);
   }
   chain_last_rows<kRows - 1, NV>(static_cast<int>(pixels - i), p, depth, p.a + i * p.by_row, b, ldb, 0, i);
@@ -97,18 +96,22 @@ void chain_product(const ChainStep& s, ChainProduct p, int64_t pixels, int64_t b
   const auto block = [&](int64_t k, int64_t j) { return s.weights + j / kBlock * kBlock * K + k * width(j) + j % kBlock; };
   const ChainProduct whole = p;
   for (int64_t k = 0; k < K; k += depth)
-    for (int64_t j = begin; j < end; j += kChainPanel) {
-      const int64_t columns = min<int64_t>(kChainPanel, end - j), rest = min(depth, K - k);
+    for (int64_t j = begin; j < end; j += kPanel) {
+      const int64_t columns = min<int64_t>(kPanel, end - j), vecs = ceil_div<int64_t>(columns, kW), rest = min(depth, K - k);
       const float* b = block(k, j);
-      const int64_t ahead = (j + kChainPanel < end ? block(k, j + kChainPanel)
-                             : k + depth < K       ? block(k + depth, begin)
-                                                   : b) -
-                            b;
+      const int64_t ahead = (j + kPanel < end ? block(k, j + kPanel) : k + depth < K ? block(k + depth, begin) : b) - b;
       p.a = whole.a + k * p.by_depth, p.y = whole.y + j, p.bias = s.bias + j;
       p.add = k > 0, p.finish = k + depth >= K;
       p.residual = p.finish && whole.residual ? whole.residual + j : nullptr;
-      p.lanes = static_cast<int>(columns > kW ? columns - kW : columns);
-      columns > kW ? chain_panel<2>(p, pixels, rest, b, width(j), ahead) : chain_panel<1>(p, pixels, rest, b, width(j), ahead);
+      p.lanes = static_cast<int>(columns - (vecs - 1) * kW);
+      switch (vecs) {
+        case 1: chain_panel<1>(p, pixels, rest, b, width(j), ahead); break;
+        case 2: chain_panel<2>(p, pixels, rest, b, width(j), ahead); break;
+#if defined(MLC_ISA_AVX512)
+        case 3: chain_panel<3>(p, pixels, rest, b, width(j), ahead); break;
+        case 4: chain_panel<4>(p, pixels, rest, b, width(j), ahead); break;
+#endif
+      }
     }
 }
 

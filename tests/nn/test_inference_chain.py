@@ -27,7 +27,7 @@ def randomised(model):
 def blocks():
     stem = ConvNorm2d(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.SiLU())
     plain = DepthwiseSeparableConv2d(8, 8, norm=None, bias=True, residual=True)
-    last = cnn.InvertedResidual(20, 20, 1, 3)
+    last = ChainedBlocks(cnn.InvertedResidual(20, 20, 1, 3))
     return randomised(ChainedBlocks(stem, plain, nn.Sequential(PointwiseConv2d(8, 20)), last, nn.Sequential()))
 
 
@@ -87,7 +87,7 @@ def test_changes_are_noticed():
         change(lambda: setattr(model[1].depthwise, "weight", nn.Parameter(torch.randn(8, 1, 3, 3))))
         change(lambda: model[0][1].running_mean.add_(1))
         change(lambda: setattr(model[0][1], "eps", 0.5))
-        change(lambda: setattr(model[3], "residual", False))
+        change(lambda: setattr(model[3][0], "residual", False))
         change(lambda: setattr(model[2][0], "pointwise_activation", nn.Identity()))
         change(lambda: model.load_state_dict(blocks().state_dict()))
         change(lambda: model[2].append(PointwiseConv2d(20, 20).eval()))
@@ -111,12 +111,12 @@ def test_what_runs_one_by_one():
             assert (model(x).float() - want).norm() < 0.05 * want.norm()
         for hook in ("register_forward_hook", "register_forward_pre_hook"):
             calls = []
-            with getattr(model[3].separable.pointwise_norm, hook)(lambda *a, calls=calls: calls.append(1)):
+            with getattr(model[3][0].separable.pointwise_norm, hook)(lambda *a, calls=calls: calls.append(1)):
                 torch.testing.assert_close(model(x), want, **close)
             assert calls == [1]
         with nn.modules.module.register_module_forward_hook(lambda m, *a: calls.append(m)):
             torch.testing.assert_close(model(x), want, **close)
-        assert model[3].separable in calls
+        assert model[3][0].separable in calls
         model[1].forward = lambda t: calls.append("own") or DepthwiseSeparableConv2d.forward(model[1], t)
         torch.testing.assert_close(model(x), want, **close)
         assert calls[-1] == "own"

@@ -241,3 +241,5 @@ def test_the_kernel_checks_its_table():
         _C.separable_conv_chain(x.contiguous(), chain._weights, chain._table, y)
     with pytest.raises(ValueError, match="layers must be"):
         _C.separable_conv_chain(x, chain._weights, chain._table[:, :19].contiguous(), y)
+    with pytest.raises(ValueError, match="weights must be given"):
+        _C.separable_conv_reserve(None)

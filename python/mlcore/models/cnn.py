@@ -1,9 +1,9 @@
 """Convolutional networks: the lectures' CNN, AlphaGo's policy network, VGG, MobileNet V1 and V2, ConvNeXt's block.
 
 Images are (N, channels, H, W); every network returns logits, and probabilities() their softmax. For inference call
-model.eval() under torch.no_grad(): norms are folded and pointwise weights packed by the blocks themselves, once. Weights of
-torchvision and timm are read by load_weights (_cnn_weights.py); what a unit sees of the image says receptive_field
-(_receptive_field.py).
+model.eval() under torch.no_grad(): norms are folded and pointwise weights packed by the blocks themselves, once, and a
+MobileNet is one op (nn.InferenceChain). Weights of torchvision and timm are read by load_weights (_cnn_weights.py); what a unit
+sees of the image says receptive_field (_receptive_field.py).
 """
 
 from __future__ import annotations

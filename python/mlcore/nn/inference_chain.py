@@ -132,6 +132,10 @@ class ChainedBlocks(nn.Sequential):
         super().__init__(*modules)
         self._chain = InferenceChain()
 
+    def chain_links(self):
+        """The layers of an outer InferenceChain."""
+        return list(_links(self._modules.values()))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self._chain(x, list(self._modules.values()))
         return super().forward(x) if y is None else y
