@@ -164,7 +164,7 @@ void fwd(const DLTensor* x_, const DLTensor* codes, const DLTensor* scales, cons
     by_strips(p, kernels, row_floats);
     return shared_scratch.release_if_large();
   }
-  const int64_t fitting = std::min((p.int8 ? kPackedIntegers : kPackedFloats) / 4 / row_floats, kRowsAtOnce);
+  const int64_t fitting = std::min((p.int8 ? kPackedIntegers : kPackedFloats) / 4 / row_floats, one_pass(p) ? M : kRowsAtOnce);
   const int64_t passes = ceil_div(M, std::max(fitting, 16 * p.tile));
   const int64_t rows = std::min(M, ceil_div(ceil_div(M, passes), p.tile) * p.tile);
   const int64_t threads = num_threads(), panels = kernels.panels(p), blocks = ceil_div(p.w.panels, panels);

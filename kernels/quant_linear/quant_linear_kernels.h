@@ -52,6 +52,9 @@ struct QuantLinear {
   int64_t tile;
 };
 
+// All of K is one pass over the rows of x: a tile's sums are finished as soon as they are there.
+inline bool one_pass(const QuantLinear& p) { return p.w.K_padded <= p.chunk; }
+
 // Bytes that a packed row of x takes.
 inline int64_t row_bytes(const QuantLinear& p) { return p.int8 ? (p.w.K_padded + 127) / 64 * 64 : 4 * p.w.K_padded; }
 

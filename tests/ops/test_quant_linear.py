@@ -245,6 +245,22 @@ def test_gradcheck(activation):
     assert torch.autograd.gradgradcheck(fn, leaves)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_gelu_is_accurate_everywhere(level):
+    """Against float64 with a weight of one: between the pieces of its table, in both tails, and where they end."""
+    one = pack_codes(torch.tensor([[9]]), torch.ones(1, 1), bits=4, group_size=1)
+    ends = torch.tensor([torch.inf, -torch.inf, torch.nan, 3e38, -3e38, 0.0, 1e-30, -1e-30])
+    x = torch.cat([torch.linspace(-9, 9, 40_000), torch.arange(-30, 31) * 0.2, ends])[:, None]
+    with testing.use(level) as impl:
+        got = quant_linear(x, one, activation="gelu", impl=impl).double()
+    want = F.gelu(x.double())
+    want[x == -torch.inf] = 0
+    torch.testing.assert_close(got, want, rtol=4e-7, atol=3e-7, equal_nan=True)
+    near = (x > -2) & x.isfinite()
+    torch.testing.assert_close(got[near], want[near], rtol=1e-6, atol=0)
+    assert (got[x < -12].abs() < 1e-15).all()
+
+
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
 def test_second_derivatives_of_the_kernels(activation):
     packed, results = pack(torch.randn(6, 40), "int4", group_size=16), []
