@@ -1,7 +1,7 @@
 """The Triton kernels of aft and their launchers; the equations are in aft.h.
 
-Every pair has its own exponential. Forward and the gradients of keys are one kernel over sources and sinks; sources outside of
-a band come as sums over groups of GROUP, as in aft.cu.
+Forward and the gradients of keys are one kernel over sources and sinks. A tile's sums are products of exponentials where that
+is exact enough, else every pair has its own; sources outside of a band come as sums over groups of GROUP. All as in aft.cu.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ..triton_rows import sum_partials, sum_partials_spec
 
 GROUP = tl.constexpr(32)  # sources that are summed together
 FLOOR = tl.constexpr(-1e38)  # below every exponent; finite, so that differences of maxima are numbers
+REACH = tl.constexpr(40.0)  # exponents of e that may lie between a tile's sum and its scale
 INF = tl.constexpr(float("inf"))
 
 
@@ -36,6 +37,16 @@ def place(tiles, BD: tl.constexpr):
 
 
 @triton.jit
+def exp3(a, b, c):
+    """e^(a + b + c), to which what the sums lose is added: exponents may be large, and roundings of small ones count too."""
+    s = a + b
+    x = s + c
+    t, u = s - a, x - s
+    lost = ((a - (s - t)) + (b - t)) + ((s - (x - u)) + (c - u))
+    return tl.exp(x) * (1.0 + tl.where(tl.abs(x) < INF, lost, 0.0))
+
+
+@triton.jit
 def weight(bias, t, j, T, S, window, columns, bias_st, CAUSAL: tl.constexpr, BANDED: tl.constexpr):
     """w[t,j] of a head; -inf where the pair doesn't exist."""
     there = (t < T) & (j >= 0) & (j < S)
@@ -54,9 +65,7 @@ def weight(bias, t, j, T, S, window, columns, bias_st, CAUSAL: tl.constexpr, BAN
 
 @triton.jit
 def load_source(z, p1, p2, i, d, n, D, z_st, p_st, BACKWARD: tl.constexpr):
-    """Rows i of an item's sources: exponents and payloads. Keys: k, v and 1, where hidden keys have the value 0; queries:
-    -peak, dy / den and y dy / den.
-    """
+    """Rows i of an item's sources: (k, v, 1), a hidden key's value as 0, or (-peak, dy / den, y dy / den)."""
     inside = (i < n)[:, None] & (d < D)[None, :]
     at, row = i.to(tl.int64)[:, None] * z_st + d[None, :], i.to(tl.int64)[:, None] * p_st + d[None, :]
     exponent = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
@@ -68,6 +77,32 @@ def load_source(z, p1, p2, i, d, n, D, z_st, p_st, BACKWARD: tl.constexpr):
         first = tl.where(exponent < FLOOR, 0.0, first)
         second = tl.where(inside, 1.0, 0.0)
     return exponent, first, second
+
+
+@triton.jit
+def sinks_weight(
+    bias, x, i, T, S, window, columns, bias_st, CAUSAL: tl.constexpr, BANDED: tl.constexpr, BACKWARD: tl.constexpr
+):
+    """w of sinks x by sources i."""
+    if BACKWARD:
+        w = weight(bias, i[None, :], x[:, None], T, S, window, columns, bias_st, CAUSAL, BANDED)
+    else:
+        w = weight(bias, x[:, None], i[None, :], T, S, window, columns, bias_st, CAUSAL, BANDED)
+    return w
+
+
+@triton.jit
+def top_of(v, there, AXIS: tl.constexpr):
+    """The largest along an axis, and how far it is from the smallest that is `there`, at worst."""
+    top = tl.max(number(v), AXIS)
+    reach = top - tl.min(tl.where(there, v, INF), AXIS)
+    return top, tl.max(tl.where(top > FLOOR, reach, 0.0), 0)
+
+
+@triton.jit
+def not_finite(z, p1, p2):
+    """1 where a source is neither finite nor hidden."""
+    return tl.where((z < INF) & (tl.abs(p1) < INF) & (tl.abs(p2) < INF), 0, 1)
 
 
 @triton.jit
@@ -94,9 +129,8 @@ def group_sums_kernel(
 
 @triton.jit
 def load_sum(sums, d, D):
-    inside = d < D
-    peak = tl.load(sums + d, mask=inside, other=FLOOR)
-    return peak, tl.load(sums + D + d, mask=inside, other=0.0), tl.load(sums + 2 * D + d, mask=inside, other=0.0)
+    n1, n2 = tl.load(sums + D + d, mask=d < D, other=0.0), tl.load(sums + 2 * D + d, mask=d < D, other=0.0)
+    return tl.load(sums + d, mask=d < D, other=FLOOR), n1, n2
 
 
 @triton.jit
@@ -156,6 +190,7 @@ def gather_kernel(
     z_sb, z_sh, z_st, p_sb, p_sh, p_st, bias_sh, bias_st, q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_sb, o_sh,
     o_st,
     CAUSAL: tl.constexpr, BANDED: tl.constexpr, BACKWARD: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr = "tf32x3",
 ):  # fmt: skip
     """BX sinks of an item: o (out) from q, with y, den and peak where they are wanted; BACKWARD: dk (out) and dv (out2),
     contiguous, from k and v.
@@ -187,35 +222,59 @@ def gather_kernel(
     begin = tl.minimum(begin, most)
     end = tl.maximum(begin, tl.minimum(end, sources))
     peak = tl.full([BX, BD], FLOOR, tl.float32)
-    n1, n2 = tl.zeros([BX, BD], tl.float32), tl.zeros([BX, BD], tl.float32)
-    own = peak
+    n1, n2, own = tl.zeros([BX, BD], tl.float32), tl.zeros([BX, BD], tl.float32), peak
     if BACKWARD:
         at = k + b * k_sb + h * k_sh + x.to(tl.int64)[:, None] * k_st + d[None, :]
         own = tl.load(at, mask=inside, other=FLOOR).to(tl.float32)
     for first in range(begin, end, BY):
         i = first + tl.arange(0, BY)
         s, a1, a2 = load_source(z, p1, p2, i, d, sources, D, z_st, p_st, BACKWARD)
-        if BACKWARD:
-            w = weight(bias, i[None, :], x[:, None], T, S, window, columns, bias_st, CAUSAL, BANDED)
+        w = sinks_weight(bias, x, i, T, S, window, columns, bias_st, CAUSAL, BANDED, BACKWARD)
+        z_top, z_reach = top_of(s, (i < sources)[:, None] & (d < D)[None, :], 0)
+        w_top, w_reach = top_of(w, (x < sinks)[:, None] & (i < sources)[None, :], 1)
+        wrong = tl.max(tl.max(not_finite(s, a1, a2), 1), 0) + tl.max(tl.max(tl.where(w < INF, 0, 1), 1), 0)
+        if (wrong == 0) & ((z_reach <= REACH) | (w_reach <= REACH)):
+            e, seen = exp3(s, -z_top[None, :], 0.0), (w_top > FLOOR)[:, None]
+            weights = exp3(w, -w_top[:, None], 0.0)
+            m1 = tl.dot(weights, e * a1, input_precision=PRECISION)
+            m2 = tl.dot(weights, e * a2, input_precision=PRECISION)
+            if BACKWARD:
+                f = exp3(own, w_top[:, None], z_top[None, :])
+            else:
+                pair = z_top[None, :] + w_top[:, None]
+                top = tl.maximum(peak, pair)
+                old = tl.exp(peak - top)
+                n1, n2, peak = n1 * old, n2 * old, top
+                f = exp3(z_top[None, :], w_top[:, None], -top)
+            n1 += tl.where(seen, f * m1, 0.0)
+            n2 += tl.where(seen, f * m2, 0.0)
         else:
-            w = weight(bias, x[:, None], i[None, :], T, S, window, columns, bias_st, CAUSAL, BANDED)
-        live, wide = (w != -INF)[:, :, None], w[:, :, None]  # (BX, BY, 1)
-        if BACKWARD:  # first what forward has added first: their sum less its peak is then exact
-            e = tl.exp((own[:, None, :] + wide) + s[None, :, :])
-        else:
-            pair = s[None, :, :] + wide
-            top = tl.maximum(peak, tl.max(tl.where(live, number(pair), FLOOR), 1))
-            old = tl.exp(peak - top)
-            n1, n2, peak = n1 * old, n2 * old, top
-            e = tl.exp(pair - peak[:, None, :])
-        n1 += tl.sum(tl.where(live, e * a1[None, :, :], 0.0), 1)
-        n2 += tl.sum(tl.where(live, e * a2[None, :, :], 0.0), 1)
+            last = tl.minimum(first + BY, sources)
+            if not BACKWARD:
+                top = peak
+                for one in range(first, last):
+                    i1 = one + tl.arange(0, 1)
+                    s1, b1, b2 = load_source(z, p1, p2, i1, d, sources, D, z_st, p_st, BACKWARD)  # (1, BD)
+                    w1 = sinks_weight(bias, x, i1, T, S, window, columns, bias_st, CAUSAL, BANDED, BACKWARD)  # (BX, 1)
+                    top = tl.maximum(top, tl.where(w1 != -INF, number(s1 + w1), FLOOR))
+                old = tl.exp(peak - top)
+                n1, n2, peak = n1 * old, n2 * old, top
+            for eight in range(first, last, 8):  # sums of sums lose less
+                m1, m2 = tl.zeros([BX, BD], tl.float32), tl.zeros([BX, BD], tl.float32)
+                for one in range(eight, tl.minimum(eight + 8, last)):
+                    i1 = one + tl.arange(0, 1)
+                    s1, b1, b2 = load_source(z, p1, p2, i1, d, sources, D, z_st, p_st, BACKWARD)
+                    w1 = sinks_weight(bias, x, i1, T, S, window, columns, bias_st, CAUSAL, BANDED, BACKWARD)
+                    e1 = exp3(own, w1, s1) if BACKWARD else exp3(s1, w1, -peak)
+                    m1 += tl.where(w1 != -INF, e1 * b1, 0.0)
+                    m2 += tl.where(w1 != -INF, e1 * b2, 0.0)
+                n1 += m1
+                n2 += m2
     if ahead is not None:
         peak, n1, n2 = add_far(ahead + item * (groups + 1) * 3 * D, begin // GROUP, own, peak, n1, n2, d, D, BACKWARD)
     if behind is not None:
-        peak, n1, n2 = add_far(
-            behind + item * (groups + 1) * 3 * D, tl.cdiv(end, GROUP), own, peak, n1, n2, d, D, BACKWARD
-        )  # fmt: skip
+        behind += item * (groups + 1) * 3 * D
+        peak, n1, n2 = add_far(behind, tl.cdiv(end, GROUP), own, peak, n1, n2, d, D, BACKWARD)
     if BACKWARD:
         value = tl.load(v + b * v_sb + h * v_sh + x.to(tl.int64)[:, None] * v_st + d[None, :], mask=inside, other=0.0)
         value = tl.where(own < FLOOR, 0.0, value.to(tl.float32))
@@ -258,10 +317,22 @@ def queries_kernel(
 
 
 @triton.jit
+def exact_pairs(keys, values, k_st, v_st, j, d, D, live, w, z, first, second):
+    """Sums over features for queries by keys j, of both, an exponential each; live: (BT, BC, 1)."""
+    inside, row, column = live & (d < D)[None, None, :], j.to(tl.int64)[:, :, None], d[None, None, :]
+    key = tl.load(keys + row * k_st + column, mask=inside, other=-INF).to(tl.float32)
+    value = tl.load(values + row * v_st + column, mask=inside, other=0.0).to(tl.float32)
+    value = tl.where(key < FLOOR, 0.0, value)
+    e = exp3(key, w[:, :, None], z[:, None, :])
+    term = tl.where(e > 0.0, e * (first[:, None, :] * value - second[:, None, :]), e * 0.0)
+    return tl.sum(tl.where(inside, term, 0.0), 2)
+
+
+@triton.jit
 def bias_gradients_kernel(
     k, v, peak, p1, p2, bias, out, T, S, D, H, items, bias_heads, window, columns, parts, k_sb, k_sh, k_st, v_sb, v_sh, v_st,
     bias_sh, bias_st, CAUSAL: tl.constexpr, BANDED: tl.constexpr, SHARED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
-    BD: tl.constexpr,
+    BD: tl.constexpr, PRECISION: tl.constexpr = "tf32x3",
 ):  # fmt: skip
     """The gradient of BT queries by BC columns of a head of the bias over the items that share it, in order. SHARED: queries
     have one row, sums over a part of them in out (parts, heads, columns).
@@ -281,17 +352,26 @@ def bias_gradients_kernel(
             item = tl.where(bias_heads == 1, n, n * H + head).to(tl.int64)
             b, h = item // H, item % H
             for d0 in range(0, D, BD):
-                d = (d0 + tl.arange(0, BD))[None, None, :]
-                inside, row = live & (d < D), j.to(tl.int64)[:, :, None]
-                key = tl.load(k + b * k_sb + h * k_sh + row * k_st + d, mask=inside, other=-INF).to(tl.float32)
-                value = tl.load(v + b * v_sb + h * v_sh + row * v_st + d, mask=inside, other=0.0).to(tl.float32)
-                value = tl.where(key < FLOOR, 0.0, value)
-                at, query = (item * T + t[:, None, None]) * D + d, (t < T)[:, None, None] & (d < D)
-                top = tl.load(peak + at, mask=query, other=INF)
+                d = d0 + tl.arange(0, BD)
+                at, query = (item * T + t[:, None]) * D + d[None, :], (t < T)[:, None] & (d < D)[None, :]
+                z = -tl.load(peak + at, mask=query, other=INF)
                 first, second = tl.load(p1 + at, mask=query, other=0.0), tl.load(p2 + at, mask=query, other=0.0)
-                e = tl.exp((key + w[:, :, None]) - top)
-                term = tl.where(e > 0.0, e * (first * value - second), e * 0.0)
-                total += tl.sum(tl.where(inside, term, 0.0), 2)
+                keys, values = k + b * k_sb + h * k_sh, v + b * v_sb + h * v_sh
+                if BANDED:
+                    total += exact_pairs(keys, values, k_st, v_st, j, d, D, live, w, z, first, second)
+                else:
+                    key, value, one = load_source(keys, values, None, c, d, S, D, k_st, v_st, False)
+                    top, reach = top_of(key, (c < S)[:, None] & (d < D)[None, :], 0)
+                    wrong = tl.max(tl.max(not_finite(key, value, one), 1), 0)
+                    wrong += tl.max(tl.max(not_finite(z, first, second), 1), 0)
+                    if (wrong == 0) & (reach <= REACH):
+                        row_top = tl.max(number(z + top[None, :]), 1)[:, None]
+                        e, f = exp3(key, -top[None, :], 0.0), exp3(z, top[None, :], -row_top)
+                        sums = tl.dot(f * first, tl.trans(e * value), input_precision=PRECISION)
+                        sums -= tl.dot(f * second, tl.trans(e), input_precision=PRECISION)
+                        total += tl.where(w != -INF, exp3(w, row_top, 0.0) * sums, 0.0)
+                    else:
+                        total += exact_pairs(keys, values, k_st, v_st, j, d, D, live, w, z, first, second)
         if SHARED:
             whole += tl.sum(total, 0)
         else:
@@ -302,8 +382,8 @@ def bias_gradients_kernel(
 
 
 #: Sinks, sources and features of a program. Not measured.
-GATHER = {"BX": 16, "BY": 8, "BD": 32}
-BIAS = {"BT": 8, "BC": 16, "BD": 32}
+GATHER = {"BX": 32, "BY": 32, "BD": 32}
+BIAS = {"BT": 16, "BC": 16, "BD": 32}
 QUERIES = {"BT": 16, "BD": 32}
 _MAX_PARTS = 32  # of sums over queries
 
@@ -335,11 +415,10 @@ class _Problem:
         strides = *_rows(z), *_rows(p1)
         sums = self.behind if self.ahead is None else self.ahead
         if sums is not None:
-            shift = int(self.ahead is not None)
             if self.groups:
                 group_sums_kernel[self.items * self.groups, self.across](
-                    z, p1, p2, sums, self.sources, self.D, self.H, self.groups, *strides, SHIFT=shift, BACKWARD=self.backward,
-                    BD=GATHER["BD"],
+                    z, p1, p2, sums, self.sources, self.D, self.H, self.groups, *strides, BACKWARD=self.backward,
+                    SHIFT=int(self.ahead is not None), BD=GATHER["BD"],
                 )  # fmt: skip
             scan_kernel[self.items, self.across](self.ahead, self.behind, self.D, self.groups, BD=GATHER["BD"])
         if self.sinks:
@@ -351,8 +430,7 @@ class _Problem:
 
     def bias_gradients(self, k, v, peak, p1, p2, dbias, work) -> None:
         shared = dbias.dim() == 2
-        tiles = triton.cdiv(self.T, BIAS["BT"])
-        parts = min(max(triton.cdiv(self.T, GROUP.value), 1), _MAX_PARTS) if shared else tiles
+        parts = min(max(triton.cdiv(self.T, GROUP.value), 1), _MAX_PARTS) if shared else triton.cdiv(self.T, BIAS["BT"])
         out = work[: parts * dbias.numel()] if shared else dbias
         grid = triton.cdiv(self.columns, BIAS["BC"]), parts, self.heads
         if min(grid):
@@ -404,8 +482,9 @@ def compile_specs() -> list[tuple]:
         return kernel, {name: type_of(name) for name in kernel.arg_names}, constexprs, {"num_warps": 4}
 
     wide = ("z", "p1", "p2")
-    keys = {"CAUSAL": True, "BACKWARD": False, "p2": None, "k": None, "v": None, "out2": None, **GATHER}
-    queries = {"BACKWARD": True, "q": None, "y": None, "den": None, "peak_out": None, **GATHER}
+    precise, bias = ({"PRECISION": "tf32x3", **how} for how in (GATHER, BIAS))
+    keys = {"CAUSAL": True, "BACKWARD": False, "p2": None, "k": None, "v": None, "out2": None, **precise}
+    queries = {"BACKWARD": True, "q": None, "y": None, "den": None, "peak_out": None, **precise}
     return [
         spec(gather_kernel, "bf16", BANDED=False, ahead=None, behind=None, **keys),
         spec(gather_kernel, "fp32", BANDED=True, bias=None, behind=None, window=0, **keys),
@@ -415,7 +494,7 @@ def compile_specs() -> list[tuple]:
         spec(group_sums_kernel, "fp32", wide, SHIFT=0, BACKWARD=True, BD=32),
         spec(scan_kernel, "fp32", BD=32),
         spec(queries_kernel, "bf16", wide, **QUERIES),
-        spec(bias_gradients_kernel, "bf16", (*wide, "out"), CAUSAL=True, BANDED=False, SHARED=False, **BIAS),
-        spec(bias_gradients_kernel, "fp32", wide, CAUSAL=False, BANDED=True, SHARED=True, bias_st=0, **BIAS),
+        spec(bias_gradients_kernel, "bf16", (*wide, "out"), CAUSAL=True, BANDED=False, SHARED=False, **bias),
+        spec(bias_gradients_kernel, "fp32", wide, CAUSAL=False, BANDED=True, SHARED=True, bias_st=0, **bias),
         sum_partials_spec("fp32"),
     ]

@@ -176,7 +176,7 @@ template <class T>
 MLC_DEVICE void make_slice(const SeparableConv& p, Tile<T>& tile, int m0, int c0) {
   constexpr int kVec = Slice<T>::kVec;
   const int inner = threadIdx.x % kVecs * kVec, c = c0 + inner, count = p.C - c;
-#pragma unroll 1  // two rows at once spill
+#pragma unroll 1
   for (int row = threadIdx.x / kVecs; row < kRows; row += kThreads / kVecs) {
     float v[kVec];
     const bool there = m0 + row < p.pixels && count > 0;
