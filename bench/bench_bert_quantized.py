@@ -12,9 +12,10 @@ import io
 import logging
 from dataclasses import dataclass
 
+import harness
 import pytest
 import torch
-from harness import Group, relative_error
+from harness import Group, relative_error, settled
 
 transformers = pytest.importorskip("transformers", reason="BERT comes from transformers: pip install 'mlcore[hf]'")
 
@@ -74,7 +75,7 @@ def torchao_compiled(model, ids):
 
     model = LastHidden(copy.deepcopy(model))
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return torch.compile(model)
+    return harness.compiled(model)
 
 
 def onnx_runtime(model, ids, folder):
@@ -120,7 +121,7 @@ def make_group(problem: Problem, compiled: bool, folder) -> Group:
         assert error < LOST[row], f"{row}: relative error {error}, {LOST[row]} is allowed"
         return error
 
-    return Group(rows, check, flops=problem.flops)
+    return Group(rows, check, flops=problem.flops, before=settled(rows))
 
 
 @pytest.mark.parametrize("row", LOST)

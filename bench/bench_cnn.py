@@ -14,7 +14,7 @@ import harness
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Group, relative_error
+from harness import Group, relative_error, settled
 from torch import nn
 
 from mlcore.models import cnn
@@ -97,7 +97,8 @@ def inference(kind: str, batch: int, compiled: bool) -> Group:
         assert error < 1e-4, f"{row}: relative error {error}"
         return error
 
-    return Group({name: torch.no_grad()(call) for name, call in rows.items()}, check, flops=batch * multiplications(model))
+    flops = batch * multiplications(model)
+    return Group({name: torch.no_grad()(call) for name, call in rows.items()}, check, flops=flops, before=settled(rows))
 
 
 def multiplications(model) -> float:

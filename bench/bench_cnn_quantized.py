@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_cnn import MODELS, multiplications, stock
-from harness import Group, relative_error
+from harness import Group, relative_error, settled
 from torch import nn
 
 import mlcore
@@ -130,7 +130,8 @@ def network_group(kind: str, batch: int) -> Group:
         assert error < limit, f"{row}: noise {error} of the signal"
         return error
 
-    return Group({name: torch.no_grad()(call) for name, call in rows.items()}, check, flops=batch * multiplications(model))
+    flops = batch * multiplications(model)
+    return Group({name: torch.no_grad()(call) for name, call in rows.items()}, check, flops=flops, before=settled(rows))
 
 
 @pytest.mark.parametrize("row", ROWS)

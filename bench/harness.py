@@ -5,6 +5,7 @@ write_results() keeps what CPU and GPU benchmarks measure in one JSON format. No
 from __future__ import annotations
 
 import datetime
+import functools
 import gc
 import json
 import math
@@ -13,7 +14,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -161,6 +162,13 @@ def rates_of(group: Group, seconds: float, peak_gflops: float, peak_gbps: float)
             rate = work / seconds * 1e-9
             return {key: rate, "peak_fraction": rate / peak}
     return {}
+
+
+def settled(rows: Iterable[str]) -> dict[str, Callable[[], object]]:
+    """A Group's `before` that waits until threads of the row before stop spinning: ONNX Runtime's look for work for a while,
+    on the processors that the next row needs.
+    """
+    return dict.fromkeys(rows, functools.partial(time.sleep, 0.05))
 
 
 def compiled(function: Callable, **options) -> Callable:
