@@ -109,11 +109,13 @@ def network_group(kind: str, batch: int) -> Group:
     torch.manual_seed(0)
     model = MODELS[kind]().eval()
     x = torch.randn(batch, 3, 224, 224)
-    low = copy.deepcopy(model)
+    low, lowest = copy.deepcopy(model), copy.deepcopy(model)
     mlcore.quantize(low, mlcore.QuantConfig("int8"))
+    mlcore.quantize(lowest, mlcore.QuantConfig("int8", convolutions=True))
     plain, last = stock(model, torch.contiguous_format), stock(model, torch.channels_last)
     rows = {
         "mlcore": lambda: low(x),
+        "mlcore, every layer": lambda: lowest(x),
         "float32 by mlcore": lambda: model(x),
         "torch float32": lambda: plain(x),
         "torch float32 (channels_last)": lambda: last(x),
@@ -126,7 +128,7 @@ def network_group(kind: str, batch: int) -> Group:
 
     def check(row, got):
         error = ((got.double() - want).square().sum() / want.square().sum()).sqrt().item()  # noise over signal
-        limit = 0.2 if row == "mlcore" else 1.0 if row == "ONNX Runtime int8" else 1e-4
+        limit = 0.2 if row.startswith("mlcore") else 1.0 if row == "ONNX Runtime int8" else 1e-4
         assert error < limit, f"{row}: noise {error} of the signal"
         return error
 
@@ -140,7 +142,7 @@ def test_layer(race, problem, row):
     race(f"cnn_quantized {problem}", row, lambda: layer_group(problem))
 
 
-@pytest.mark.parametrize("row", [*ROWS, "ONNX Runtime int8"])
+@pytest.mark.parametrize("row", [*ROWS, "mlcore, every layer", "ONNX Runtime int8"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_network(race, kind, row):
     if row == "ONNX Runtime int8" and not HAS_ONNX:

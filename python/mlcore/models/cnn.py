@@ -197,9 +197,10 @@ class _MobileNet(_Classifier):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training and self._pooled.__func__ is _MobileNet._pooled:
-            y = self._chain(x, (self.stem, self.blocks, "mean", self.dropout, self.classifier))
+            head = (self.dropout, self.classifier) if type(self.classifier) is nn.Linear else ()
+            y = self._chain(x, (self.stem, self.blocks, "mean", *head))
             if y is not None:
-                return y.flatten(1)
+                return y.flatten(1) if head else self.classifier(self.dropout(y.flatten(1)))
         return self.classifier(self.dropout(self._pooled(x)))
 
 
