@@ -368,8 +368,8 @@ void hidden(const SeparableConv& p, int64_t block, int64_t begin, int64_t end, c
   with_type(p.dtype, [&](auto t) { hidden_of<decltype(t)>(p, block, begin, end, shared, scratch); });
 }
 
-#include "separable_conv/separable_conv_backward.inl"
 #include "separable_conv/separable_chain.inl"
+#include "separable_conv/separable_conv_backward.inl"
 
 }  // namespace
 
