@@ -94,6 +94,46 @@ def test_changes_are_noticed():
         change(lambda: model[4].append(PointwiseConv2d(20, 20).eval()))
 
 
+@pytest.mark.parametrize("make", [blocks, lambda: blocks()[1], lambda: blocks()[0]], ids=["chain", "block", "convolution"])
+def test_writes_that_torch_does_not_count(make):
+    """Other memory under a parameter is seen at once, a write through .data after the next eval()."""
+    model = make()
+    weight = next(model.parameters())
+    x = torch.randn(1, weight.shape[1] if weight.shape[1] > 1 else 8, 17, 16)
+    with torch.no_grad():
+        seen = [model(x)]
+
+        def check():
+            seen.append(model(x))
+            torch.testing.assert_close(seen[-1], copy.deepcopy(model)(x))
+            assert not torch.equal(*seen[-2:])
+
+        old = weight.data
+        weight.data = weight.data * 2
+        check()
+        weight.data = old
+        check()
+        nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()) * 1.5, model.parameters())
+        check()
+        weight.data.mul_(2)
+        model.eval()
+        check()
+
+
+def test_tensors_of_inference_mode():
+    """They have no version; and a network in bfloat16 doesn't take float32, chain or not."""
+    x = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        model = randomised(cnn.MobileNetV2(SMALL))
+        y = model(x)
+        assert packed(model) is not None
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), y)
+        torch.testing.assert_close(one_by_one(model, x), y, rtol=1e-4, atol=1e-4)
+        with pytest.raises(RuntimeError, match="BFloat16"):
+            randomised(cnn.MobileNetV2(SMALL)).bfloat16()(x)
+
+
 def test_what_runs_one_by_one():
     model, x = blocks(), torch.randn(1, 3, 18, 18)
     with torch.no_grad():

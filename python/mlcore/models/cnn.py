@@ -192,6 +192,10 @@ class _MobileNet(_Classifier):
             if isinstance(m, nn.Conv2d):  # He et al. 2015; torch's own would make the last layers' outputs vanish
                 nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
 
+    def train(self, mode: bool = True):
+        self._chain.forget()
+        return super().train(mode)
+
     def _pooled(self, x: torch.Tensor) -> torch.Tensor:
         return self.blocks(self.stem(x)).mean((2, 3))
 

@@ -34,15 +34,20 @@ class _Watch:
         self._residuals = [d for d in self._attributes if "residual" in d]
         self._held = list(chain.from_iterable(map(_values, self._parts)))
         self._tensors = [v for v in self._held if isinstance(v, torch.Tensor)]
+        self._counted = [t for t in self._tensors if not t.is_inference()]
+        self._pinned = [t.data for t in self._tensors]  # so that other data has other addresses
         self._state = self._now()
 
     def _now(self):
         settings = list(map(_eps, self._norms)), list(map(_residual, self._residuals)), list(map(type, self._modules))
-        return list(map(_version, self._tensors)), *settings
+        return list(map(_version, self._counted)), list(map(torch.Tensor.data_ptr, self._tensors)), *settings
 
     def unchanged(self) -> bool:
         held = list(chain.from_iterable(map(_values, self._parts)))
         return len(held) == len(self._held) and all(map(is_, held, self._held)) and self._now() == self._state
+
+    def in_float32(self) -> bool:
+        return all(t.dtype == torch.float32 for t in self._tensors if t.is_floating_point())
 
     def plain(self) -> bool:
         """Whether modules are called as their classes say, nothing listens, and none is in training."""
@@ -74,8 +79,9 @@ def _links(modules):
 
 class InferenceChain:
     """Modules one after the other as one mlcore.ops.PackedChain, packed when it is first called and again after a change of
-    their tensors or submodules. It serves calls that nobody records: eval mode, no gradients, float32 on the CPU, no autocast,
-    tracing or transforms, and no hooks or forwards of their own on any of the modules.
+    their tensors or submodules. Writes that torch doesn't count (through .data, NumPy or within inference mode) need forget(),
+    which modules that hold a chain call in train() and eval(). It serves calls that nobody records: eval mode, no gradients,
+    float32 on the CPU, no autocast, tracing or transforms, and no hooks or forwards of their own on any of the modules.
 
     chain(x, modules) -> the result, or None where the modules must be called one by one, which is the caller's part.
 
@@ -84,6 +90,10 @@ class InferenceChain:
     """
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """The next call packs anew."""
         self._kept = ((), None, None)  # the modules, what watches them, the chain
 
     def __call__(self, x: torch.Tensor, modules: Sequence) -> torch.Tensor | None:
@@ -92,7 +102,7 @@ class InferenceChain:
         known, watch, packed = self._kept
         if len(known) != len(modules) or not all(map(is_, known, modules)) or not watch.unchanged():
             watch = _Watch([m for m in modules if isinstance(m, nn.Module)])
-            packed = self._pack(modules) if watch.plain() else None
+            packed = self._pack(modules) if watch.plain() and watch.in_float32() else None
             self._kept = (tuple(modules), watch, packed) if watch.plain() else ((), None, None)
         if packed is None or not watch.plain() or not packed.serves(x):
             return None
@@ -131,6 +141,10 @@ class ChainedBlocks(nn.Sequential):
     def __init__(self, *modules) -> None:
         super().__init__(*modules)
         self._chain = InferenceChain()
+
+    def train(self, mode: bool = True):
+        self._chain.forget()
+        return super().train(mode)
 
     def chain_links(self):
         """The layers of an outer InferenceChain."""

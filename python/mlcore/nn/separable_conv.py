@@ -48,18 +48,26 @@ def _fusable(norm, activation):
 
 
 class _Packed:
-    """A block's ops.PackedSeparable, for as long as its tensors don't change."""
+    """A block's ops.PackedSeparable, for as long as its tensors don't change. Writes that torch doesn't count (through .data,
+    NumPy or within inference mode) are seen after the block's next train() or eval().
+    """
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self):
         self._made_of = self._value = self._kept = None
 
     def __call__(self, block, make):
-        layers = block._modules.values()  # in-place changes of their tensors show in versions, others in identities
+        layers = (
+            block._modules.values()
+        )  # in-place changes of their tensors show in versions, others in identities and addresses
         tensors = [t for m in layers for part in (m._parameters, m._buffers) for t in part.values() if t is not None]
-        made_of = [(id(t), t._version) for t in tensors] + [(id(m), getattr(m, "eps", 0)) for m in layers]
+        made_of = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        made_of += [(id(m), getattr(m, "eps", 0)) for m in layers]
         if made_of != self._made_of:
             self._value, self._made_of = make(), made_of
-            self._kept = tensors, list(layers)  # so that an id stays its tensor's own
+            self._kept = tensors, [t.data for t in tensors], list(layers)  # so that ids and addresses stay their own
         return self._value
 
     def __deepcopy__(self, memo):  # it holds nothing that can't be made again
@@ -86,7 +94,15 @@ def _chainable(conv, norm, activation):
     return known and _fusable(norm, activation)
 
 
-class ConvNorm2d(nn.Sequential):
+class _Packing(nn.Module):
+    """A module with self._packed."""
+
+    def train(self, mode: bool = True):
+        self._packed.forget()
+        return super().train(mode)
+
+
+class ConvNorm2d(_Packing, nn.Sequential):
     """Sequential(convolution, batch norm, activation) in channels_last. In training norm and activation are one op
     (mlcore.ops.batch_norm2d) behind torch's convolution; in inference everything is (mlcore.ops.PackedConv) where the
     convolution sees few channels, as a network's first one.
@@ -130,7 +146,7 @@ class ConvNorm2d(nn.Sequential):
         return ops.PackedConv(conv.weight, conv.bias, *numbers, **words)
 
 
-class _Block(nn.Module):
+class _Block(_Packing):
     """What both blocks share: pointwise, pointwise_norm, pointwise_activation, and whether one op serves a call."""
 
     def _add_pointwise(self, inner, out_channels, bias, norm, activation, factory):
