@@ -134,6 +134,16 @@ def test_tensors_of_inference_mode():
             randomised(cnn.MobileNetV2(SMALL)).bfloat16()(x)
 
 
+def test_a_trace_holds_the_layers():
+    model, x = randomised(cnn.MobileNetV1(SMALL)), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        y = model(x)
+        traced = torch.jit.trace(model, x)
+        torch.testing.assert_close(traced(x), y, rtol=1e-4, atol=1e-4)
+        assert packed(model) is not None
+    assert set(dict(traced.named_parameters())) == set(dict(model.named_parameters()))
+
+
 def test_what_runs_one_by_one():
     model, x = blocks(), torch.randn(1, 3, 18, 18)
     with torch.no_grad():

@@ -84,6 +84,7 @@ def _inference(x):
         and x.dtype in _FLOATS
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
     )
 
