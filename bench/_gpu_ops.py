@@ -4,13 +4,15 @@ torch's ways, all checked against the reference in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 
+import _gpu
+import harness
 import torch
 from harness import Group, relative_error
 
 BACKENDS = ("cuda", "triton")
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # of the norm of the error; gradients sum rounded outputs
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 2e-5}  # of the norm of the error; gradients sum rounded outputs
 
 
 def random(*size: int, dtype: torch.dtype, std: float = 1.0) -> torch.Tensor:
@@ -18,9 +20,19 @@ def random(*size: int, dtype: torch.dtype, std: float = 1.0) -> torch.Tensor:
 
 
 def make_group(
-    ours: Callable, truth: Callable, others: Mapping[str, Callable], inputs: list[torch.Tensor], backward: bool, moved: float
+    ours: Callable,
+    stock: Callable,
+    inputs: list[torch.Tensor],
+    backward: bool,
+    *,
+    moved: float = 0,
+    flops: float = 0,
+    truth: Callable | None = None,
+    form: str = "",
 ) -> Group:
-    """ours(*inputs, impl=); truth and others (row's name -> function) take the inputs alone. moved: bytes of one call."""
+    """ours(*inputs, impl=) against stock(*inputs) of torch's ops, eager and compiled; form: which one that is, in rows' names.
+    truth: what is computed in float64, if not stock. moved, flops: the bytes or the work of one call.
+    """
     torch.manual_seed(0)
     dtype = inputs[0].dtype
     seed = []
@@ -34,7 +46,7 @@ def make_group(
             seed.append(torch.randn_like(out))
         return lambda: list(torch.autograd.grad(out, leaves, seed[0].to(out.dtype), retain_graph=True))
 
-    want = call_of(truth, torch.Tensor.double)()
+    want = call_of(truth or stock, torch.Tensor.double)()
 
     def check(row: str, got: list[torch.Tensor]) -> float:
         error = max(relative_error(a, b) for a, b in zip(got, want, strict=True))
@@ -47,5 +59,23 @@ def make_group(
         return lambda: (made or made.append(make()) or made)[0]()
 
     rows = {f"mlcore {i}": later(lambda i=i: call_of(lambda *t: ours(*t, impl=i))) for i in BACKENDS}
-    rows |= {name: later(lambda fn=fn: call_of(fn)) for name, fn in others.items()}
-    return Group(rows, check, bytes=moved)
+    rows["torch" + form] = later(lambda: call_of(stock))
+    rows["torch.compile" + form] = later(lambda: call_of(harness.compiled(stock)))
+    return Group(rows, check, flops=flops, bytes=moved)
+
+
+def run(
+    op: str, problems: Iterable[tuple], words: Callable[..., str], group: Callable[..., Group], argv, passes=("fwd", "bwd")
+) -> int:
+    """The script's main: group(*problem, dtype, backward) of every problem, dtype and pass, named by words(*problem)."""
+    groups = []
+    for dtype in TOLERANCE:
+        for problem in problems:
+            for backward, name in enumerate(passes):
+                args = *problem, dtype, bool(backward)
+                groups.append((f"{op} {name} {str(dtype)[6:]} {words(*problem)}", lambda args=args: group(*args)))
+    return _gpu.main(groups, argv)
+
+
+def shape_of(shape: Iterable[int]) -> str:
+    return f"({','.join(map(str, shape))})"

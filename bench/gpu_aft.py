@@ -4,9 +4,8 @@ products (in float32 the peak is bfloat16's), those of the other kinds q, k, v a
 
 import sys
 
-import _gpu
 import torch
-from _gpu_ops import make_group, random
+from _gpu_ops import make_group, random, run, shape_of
 
 from mlcore.kernels.aft import aft_ref
 from mlcore.ops import aft
@@ -35,23 +34,17 @@ def group(kind, shape, window, dtype, backward):
     def ours(*tensors, impl):
         return aft(*tensors, **options, impl=impl)
 
-    moved = 4 * B * H * T * D * dtype.itemsize * (2 if backward else 1)
-    others = {"torch": stock, "torch.compile": torch.compile(stock)}
-    made = make_group(ours, stock, others, inputs, backward, moved)
-    if kind == "full":
-        made.flops = 2 * B * H * T * T * D * (2 if backward else 1)
-    return made
+    size = B * H * T * D * (2 if backward else 1)
+    flops = 2 * size * T if kind == "full" else 0
+    return make_group(ours, stock, inputs, backward, moved=4 * size * dtype.itemsize, flops=flops)
+
+
+def words(kind, shape, window):
+    return f"{kind}{'' if window is None else f' {window}'} causal {shape_of(shape)}"
 
 
 def main(argv=None) -> int:
-    groups = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for kind, shape, window in PROBLEMS:
-            for backward in (False, True):
-                words = f"{kind}{'' if window is None else f' {window}'} causal ({','.join(map(str, shape))})"
-                name = f"aft {'bwd' if backward else 'fwd'} {str(dtype)[6:]} {words}"
-                groups.append((name, lambda args=(kind, shape, window, dtype, backward): group(*args)))
-    return _gpu.main(groups, argv)
+    return run("aft", PROBLEMS, words, group, argv)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,8 @@
 
 import sys
 
-import _gpu
-import torch
 import torch.nn.functional as F
-from _gpu_ops import make_group, random
+from _gpu_ops import make_group, random, run, shape_of
 
 from mlcore.ops import causal_conv1d
 
@@ -33,23 +31,20 @@ def group(shape, width, activation, channels_last, dtype, backward):
         return F.silu(y) if activation else y
 
     inputs = [x, random(C, width, dtype=dtype, std=width**-0.5)]
-    others = {"torch": stock, "torch.compile": torch.compile(stock)}
     moved = (3 if backward else 2) * x.numel() * dtype.itemsize
-    return make_group(
-        lambda *t, impl: causal_conv1d(*t, activation=activation, impl=impl), truth, others, inputs, backward, moved
-    )
+
+    def ours(x, weight, impl):
+        return causal_conv1d(x, weight, activation=activation, impl=impl)
+
+    return make_group(ours, stock, inputs, backward, moved=moved, truth=truth)
+
+
+def words(shape, width, activation, channels_last):
+    return " ".join(f"{shape_of(shape)} w{width} {activation or ''} {'channels_last' * channels_last}".split())
 
 
 def main(argv=None) -> int:
-    groups = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for shape, width, activation, channels_last in PROBLEMS:
-            for backward in (False, True):
-                words = f"w{width} {activation or ''} {'channels_last' * channels_last}".split()
-                name = f"causal_conv1d {'bwd' if backward else 'fwd'} {str(dtype)[6:]} {shape} {' '.join(words)}"
-                args = shape, width, activation, channels_last, dtype, backward
-                groups.append((name.replace(", ", ","), lambda args=args: group(*args)))
-    return _gpu.main(groups, argv)
+    return run("causal_conv1d", PROBLEMS, words, group, argv)
 
 
 if __name__ == "__main__":

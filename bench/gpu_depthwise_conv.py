@@ -2,10 +2,9 @@
 
 import sys
 
-import _gpu
 import torch
 import torch.nn.functional as F
-from _gpu_ops import make_group, random
+from _gpu_ops import make_group, random, run, shape_of
 
 from mlcore.ops import depthwise_conv2d
 
@@ -30,24 +29,19 @@ def group(shape, kernel, stride, channels_last, dtype, backward):
         return F.conv2d(x, weight, stride=stride, padding=kernel // 2, groups=shape[1])
 
     moved = x.numel() * (1 + 1 / stride**2 + (1 if backward else 0)) * dtype.itemsize
-    others = {"torch": stock, "torch.compile": torch.compile(stock)}
 
     def ours(x, weight, impl):
         return depthwise_conv2d(x, weight, stride=stride, padding=kernel // 2, impl=impl)
 
-    return make_group(ours, stock, others, inputs, backward, moved)
+    return make_group(ours, stock, inputs, backward, moved=moved)
+
+
+def words(shape, kernel, stride, channels_last):
+    return f"{shape_of(shape)} {kernel}x{kernel} s{stride}{' channels_last' * channels_last}"
 
 
 def main(argv=None) -> int:
-    groups = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for shape, kernel, stride, last in PROBLEMS:
-            for backward in (False, True):
-                words = f"({','.join(map(str, shape))}) {kernel}x{kernel} s{stride}{' channels_last' * last}"
-                name = f"depthwise_conv {'bwd' if backward else 'fwd'} {str(dtype)[6:]} {words}"
-                args = shape, kernel, stride, last, dtype, backward
-                groups.append((name, lambda args=args: group(*args)))
-    return _gpu.main(groups, argv)
+    return run("depthwise_conv", PROBLEMS, words, group, argv)
 
 
 if __name__ == "__main__":

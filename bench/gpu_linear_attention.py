@@ -3,10 +3,9 @@ backward those and do in, dq, dk, dv out."""
 
 import sys
 
-import _gpu
 import torch
 import torch.nn.functional as F
-from _gpu_ops import make_group, random
+from _gpu_ops import make_group, random, run, shape_of
 
 from mlcore.kernels.linear_attention import linear_attention_ref
 from mlcore.ops import linear_attention
@@ -26,20 +25,19 @@ def group(shape, gated, dtype, backward):
         g = None if gate is None else gate.to(q.dtype)
         return linear_attention_ref.chunked(q, k, v, g, feature="elu", chunk=chunk)[0]
 
-    others = {"torch chunked": plain, "torch.compile chunked": torch.compile(plain)}
+    def ours(q, k, v, impl):
+        return linear_attention(q, k, v, gate=gate, impl=impl)
+
     moved = (7 if backward else 4) * inputs[0].numel() * dtype.itemsize
-    return make_group(lambda *t, impl: linear_attention(*t, gate=gate, impl=impl), plain, others, inputs, backward, moved)
+    return make_group(ours, plain, inputs, backward, moved=moved, form=" chunked")
+
+
+def words(shape, gated):
+    return f"{shape_of(shape)} {gated or ''}".rstrip()
 
 
 def main(argv=None) -> int:
-    groups = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for shape, gated in PROBLEMS:
-            for backward in (False, True):
-                words = f"{'bwd' if backward else 'fwd'} {str(dtype)[6:]} ({','.join(map(str, shape))}) {gated or ''}"
-                args = shape, gated, dtype, backward
-                groups.append((f"linear_attention {words}".rstrip(), lambda args=args: group(*args)))
-    return _gpu.main(groups, argv)
+    return run("linear_attention", PROBLEMS, words, group, argv)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,9 @@ norms, and a training step with both norms. The rates count the products' multip
 
 import sys
 
-import _gpu
 import torch
 import torch.nn.functional as F
-from _gpu_ops import make_group, random
+from _gpu_ops import make_group, random, run, shape_of
 
 from mlcore.ops import BatchNorm, separable_conv2d
 
@@ -40,20 +39,15 @@ def group(shape, J, stride, dtype, training):
         return separable_conv2d(x, depthwise, pointwise, None, None, stride, 1, **norms, **words)
 
     pixels = shape[0] * (shape[2] // stride) * (shape[3] // stride)
-    group = make_group(ours, stock, {"torch": stock, "torch.compile": torch.compile(stock)}, inputs, training, 0)
-    group.flops = 2 * pixels * C * (J + 9) * (3 if training else 1)
-    return group
+    return make_group(ours, stock, inputs, training, flops=2 * pixels * C * (J + 9) * (3 if training else 1))
+
+
+def words(shape, J, stride):
+    return f"{shape_of(shape)}->{J} s{stride}"
 
 
 def main(argv=None) -> int:
-    groups = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for shape, J, stride in PROBLEMS:
-            for training in (False, True):
-                words = f"({','.join(map(str, shape))})->{J} s{stride}"
-                name = f"separable_conv {'bwd with norms' if training else 'fwd'} {str(dtype)[6:]} {words}"
-                groups.append((name, lambda args=(shape, J, stride, dtype, training): group(*args)))
-    return _gpu.main(groups, argv)
+    return run("separable_conv", PROBLEMS, words, group, argv, passes=("fwd", "bwd with norms"))
 
 
 if __name__ == "__main__":
