@@ -253,8 +253,12 @@ class Run {
     s.out = result(i, first, n), s.zeros = zeros_;
     s.residual = layer.residual < 0 ? nullptr : result(layer.residual, first, n);
     const int64_t planned = i < cut_ ? group_ : chunk_;
-    s.kind == ChainKind::pointwise ? s.conv.Ho = s.conv.H = s.conv.H / planned* images : s.conv.N = images;
-    if (s.kind == ChainKind::pointwise) s.row_parts = (s.conv.Ho + s.rows - 1) / s.rows;
+    if (s.kind == ChainKind::pointwise) {
+      s.conv.Ho = s.conv.H = images * (s.conv.H / planned);
+      s.row_parts = (s.conv.Ho + s.rows - 1) / s.rows;
+    } else {
+      s.conv.N = images;
+    }
     const SeparableChainKernels& kernels = separable_chain_kernels_now();
     parallel_near(s.parts(), threads_, [&](int64_t part, int thread) { kernels.run(s, part, scratches_ + thread * scratch_); });
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain, repeat
 from operator import attrgetter, contains, is_, itemgetter
 
@@ -68,7 +69,7 @@ def _links(modules):
         if type(m) is nn.Sequential:
             yield from _links(m)
         elif type(m) is nn.Linear:
-            yield (lambda m=m: _packed_linear(m)), None
+            yield partial(_packed_linear, m), None
         elif isinstance(m, str):
             yield m, None
         elif "chain_links" in next(c.__dict__ for c in type(m).__mro__ if "forward" in c.__dict__):  # of the same forward

@@ -59,9 +59,7 @@ class _Packed:
         self._made_of = self._value = self._kept = None
 
     def __call__(self, block, make):
-        layers = (
-            block._modules.values()
-        )  # in-place changes of their tensors show in versions, others in identities and addresses
+        layers = block._modules.values()  # changes of their tensors show in versions, identities and addresses
         tensors = [t for m in layers for part in (m._parameters, m._buffers) for t in part.values() if t is not None]
         made_of = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         made_of += [(id(m), getattr(m, "eps", 0)) for m in layers]
